@@ -1,0 +1,170 @@
+"""Measure ours against peers: `python -m experiments.bench name=diffusion [peer.path=DIR] [peer.python=PATH]`.
+
+    name         which benchmark: diffusion
+    rows         only these rows, separated by commas (default: all; the file then keeps the other rows it had)
+    rounds       how often the sides take turns (default 3)
+    peer.path    a checkout of the peer that has to be imported from one (tiny-diffusion)
+    peer.python  the interpreter that has torch (default: this one; the extra `parity` brings torch)
+
+Each side runs in a process of its own, in turn, with its best allocator; compile time is apart; medians are compared.
+It writes experiments/bench/results/<device>/<name>.json, whose path is the last line on stdout.
+"""
+
+import json
+import re
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.bench.measure import Side, alternate, available
+from experiments.bench.rows import BENCHMARKS, Row
+from experiments.build import nearest
+from ruvjax.core.backend import compute_threads
+from ruvjax.core.files import write_json
+from ruvjax.errors import ConfigError, RunError, RuvjaxError
+
+RESULTS = Path(__file__).resolve().parent / "results"
+USAGE = "usage: python -m experiments.bench name=NAME [rows=A,B] [rounds=3] [peer.path=DIR] [peer.python=PATH]"
+
+
+@dataclass(frozen=True)
+class Job:
+    """The command line. Raises ConfigError."""
+
+    name: str
+    rows: tuple[str, ...] = ()
+    rounds: int = 3
+    path: str = ""
+    python: str = sys.executable
+
+    def __post_init__(self):
+        if self.name not in BENCHMARKS:
+            raise ConfigError(f"name={self.name!r} is no benchmark", nearest(self.name, BENCHMARKS))
+        known = [row.name for row in BENCHMARKS[self.name]()]
+        for row in self.rows:
+            if row not in known:
+                raise ConfigError(f"rows: {row!r} is no row of {self.name}", nearest(row, known))
+
+
+def parse(arguments: list[str]) -> Job:
+    """The job that `key=value` arguments describe."""
+    known = ("name", "rows", "rounds", "peer.path", "peer.python")
+    values: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or not value:
+            raise ConfigError(f"{argument!r} is not key=value", USAGE)
+        if key not in known:
+            raise ConfigError(f"{key} is not a setting of bench", nearest(key, known))
+        values[key] = value
+    if "name" not in values:
+        raise ConfigError("name is missing", f"one of {', '.join(BENCHMARKS)}")
+    rounds = values.get("rounds", "3")
+    if not re.fullmatch("[1-9][0-9]?", rounds):
+        raise ConfigError(f"rounds={rounds} must be a whole number from 1 to 99")
+    rows = tuple(values["rows"].split(",")) if "rows" in values else ()
+    return Job(
+        values["name"], rows, int(rounds), values.get("peer.path", ""), values.get("peer.python", sys.executable)
+    )
+
+
+def measure(row: Row, job: Job, console: Console) -> tuple[dict[str, Any], Side]:
+    """One row of the result file, and our side of it. `theirs` is None where the peer cannot run here."""
+    missing = available(row.peer, job.python, job.path)
+    if missing:
+        console.print(f"{row.name}: {row.peer.title} is not run: {missing}", style="yellow", markup=False)
+    sides = [(row.program, {**row.job, **row.ours})]
+    if not missing:
+        sides.append((row.peer, {**row.job, "path": job.path}))
+    measured = alternate(sides, row.dtypes, job.rounds, job.python)
+    rates = [row.tokens / side.median for side in measured]
+    ours, theirs = measured[0], measured[1] if not missing else None
+    if theirs is not None and ours.device != theirs.device:
+        raise RunError(f"{row.name}: ours ran on {ours.device}, {row.peer.title} on {theirs.device}")
+    record = {
+        "name": row.name,
+        "ours": rates[0],
+        "theirs": None if theirs is None else rates[1],
+        "unit": row.unit,
+        "peer": row.peer.title,
+        "ratio": None if theirs is None else rates[0] / rates[1],
+        "limit_share": None,
+        "ours_settings": ours.settings,
+        "ours_parameters": ours.parameters,
+        "ours_compile_s": ours.compile_seconds,
+        "theirs_settings": None if theirs is None else theirs.settings,
+        "theirs_parameters": None if theirs is None else theirs.parameters,
+        "theirs_versions": None if theirs is None else dict(theirs.versions),
+        "repetitions": [len(side.seconds) for side in measured],
+    }
+    return record, ours
+
+
+def slug(device: str) -> str:
+    """The folder of a device's results: cpu-2 for a CPU of two threads, nvidia-h200."""
+    if device == "cpu":
+        return f"cpu-{compute_threads()}"
+    return re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def keep(path: Path, result: dict[str, Any], order: list[str]) -> None:
+    """Write the rows just measured, beside the rows that were measured before and not now."""
+    rows = {row["name"]: row for row in result["rows"]}
+    if path.is_file():
+        rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]} | rows
+    kept = [rows[name] for name in order if name in rows]
+    write_json(path, {**result, "rows": kept})
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table("row", "ours", "theirs", "unit", "ratio", "peer", "our settings", "their settings")
+    for row in rows:
+        theirs = "-" if row["theirs"] is None else f"{row['theirs']:,.0f}"
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
+        settings = (row["ours_settings"], row["theirs_settings"] or "-")
+        table.add_row(row["name"], f"{row['ours']:,.0f}", theirs, row["unit"], ratio, row["peer"], *settings)
+    console.print(table)
+
+
+def run(job: Job, console: Console) -> Path:
+    rows = BENCHMARKS[job.name]()
+    records: list[dict[str, Any]] = []
+    path = None
+    for row in rows:
+        if job.rows and row.name not in job.rows:
+            continue
+        console.print(f"{row.name} ...", markup=False)
+        record, ours = measure(row, job, console)
+        records.append(record)
+        path = RESULTS / slug(ours.device) / f"{job.name}.json"
+        result = {"format_version": 1, "device": path.parent.name, "versions": dict(ours.versions), "rows": records}
+        keep(path, result, [row.name for row in rows])  # after each row: the benchmark takes minutes
+    show(records, console)
+    assert path is not None
+    return path
+
+
+def main(arguments: list[str]) -> int:
+    if arguments in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    try:
+        path = run(parse(arguments), Console(stderr=True, width=None if sys.stderr.isatty() else 160))
+    except RuvjaxError as error:
+        print(f"error: {error.line()}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,128 @@
+"""Runs the two sides of a row in turn, each in a process of its own, under the allocator that suits it best."""
+
+import ctypes.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruvjax.core.backend import compute_threads
+from ruvjax.errors import InputError, RunError
+
+HERE = Path(__file__).resolve().parent
+GLIBC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 62),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """One side: a module of ours (it has no .py), or a script of this folder that a peer's interpreter runs.
+
+    needs_path: it imports a project from a checkout (`peer.path`).
+    """
+
+    title: str
+    source: str
+    needs_path: bool = False
+
+    @property
+    def is_ours(self) -> bool:
+        return not self.source.endswith(".py")
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one side did: every timed repetition in seconds, under its best settings, and what it was."""
+
+    seconds: tuple[float, ...]
+    compile_seconds: float
+    settings: str
+    parameters: int
+    device: str
+    versions: Mapping[str, str]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def allocators() -> dict[str, dict[str, str]]:
+    """The environments tried: as it comes; glibc told to keep its memory; tcmalloc where it is installed."""
+    found: dict[str, dict[str, str]] = {"malloc": {}}
+    if sys.platform == "linux":
+        found["glibc, tuned"] = GLIBC
+        library = ctypes.util.find_library("tcmalloc") or ctypes.util.find_library("tcmalloc_minimal")
+        if library:
+            found["tcmalloc"] = {"LD_PRELOAD": library}
+    return found
+
+
+def launch(program: Program, job: Mapping[str, Any], settings: Mapping[str, str], python: str) -> dict[str, Any]:
+    """Run one process and read its report. Raises RunError where it fails or measured something that cannot be."""
+    kept = {key: value for key, value in os.environ.items() if key not in (*GLIBC, "LD_PRELOAD")}
+    command = [sys.executable, "-m", program.source] if program.is_ours else [python, str(HERE / program.source)]
+    done = subprocess.run(
+        [*command, json.dumps(job)], cwd=HERE.parents[1], env=kept | dict(settings), capture_output=True, text=True
+    )
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RunError(f"{program.title} failed with exit status {done.returncode}: {reason}", " ".join(command))
+    try:
+        report = json.loads(last)
+    except ValueError as error:
+        raise RunError(f"{program.title} printed no report", " ".join(command)) from error
+    broken = [value for value in report["values"] if value != value or abs(value) == float("inf")]
+    if broken or (job["work"] == "sample" and any(report["values"])):
+        raise RunError(f"{program.title} computed {report['values']}: its time says nothing", " ".join(command))
+    return report
+
+
+def available(program: Program, python: str, path: str) -> str:
+    """Why the peer cannot run, or "". Raises InputError for a `peer.path` that is not the project."""
+    probe = subprocess.run([python, "-c", "import torch"], capture_output=True)
+    if probe.returncode:
+        return f"{python} has no torch: install the extra `parity`, or give peer.python"
+    if not program.needs_path:
+        return ""
+    if not path:
+        return f"give a checkout of {program.title} as peer.path"
+    if not (Path(path) / "training.py").is_file():
+        raise InputError(f"peer.path={path}: no checkout of {program.title} there (it has a training.py)")
+    return ""
+
+
+def alternate(
+    sides: Sequence[tuple[Program, Mapping[str, Any]]], dtypes: Sequence[str], rounds: int, python: str
+) -> list[Side]:
+    """Run the sides in turn, `rounds` times.
+
+    The first round tries every allocator and dtype for each side; the later ones keep what was fastest for it, and the
+    result holds the repetitions of that alone.
+    """
+    threads = compute_threads()
+    variants = [(f"{name}, {dtype}", env, dtype) for name, env in allocators().items() for dtype in dtypes]
+    first: list[list[tuple[dict[str, Any], tuple[str, dict[str, str], str]]]] = [[] for _ in sides]
+    for variant in variants:
+        for tried, (program, job) in zip(first, sides):
+            report = launch(program, {**job, "dtype": variant[2], "threads": threads}, variant[1], python)
+            tried.append((report, variant))
+    best = [min(tried, key=lambda pair: statistics.median(pair[0]["seconds"])) for tried in first]
+    seconds = [list(report["seconds"]) for report, _ in best]
+    for _ in range(rounds - 1):
+        for collected, (_, variant), (program, job) in zip(seconds, best, sides):
+            full = {**job, "dtype": variant[2], "threads": threads}
+            collected += launch(program, full, variant[1], python)["seconds"]
+    return [
+        Side(tuple(s), r["first"], variant[0], r["parameters"], r["device"], r["versions"])
+        for s, (r, variant) in zip(seconds, best)
+    ]

@@ -1,0 +1,142 @@
+"""Draws texts and fills gaps with a trained model, keeping the events, and asks `ast.parse` what it thinks of them."""
+
+import ast
+import dataclasses
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.settings import Samples
+from experiments.wiring import Loaded
+from ruvjax.core.events import Event
+from ruvjax.data.sources import Document
+from ruvjax.data.tokenize import Tokenizer
+from ruvjax.diffusion.sampler import Sampler, SamplerState, stream
+from ruvjax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Canvas:
+    """Rows to denoise: int32 tokens [rows, length] with masks where free, and int32 segments (0: padding) or None."""
+
+    tokens: np.ndarray
+    segments: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawn:
+    """A denoised canvas and the events that led there."""
+
+    canvas: Canvas
+    tokens: np.ndarray
+    events: tuple[Event, ...]
+    steps: np.ndarray
+    nfe: np.ndarray
+
+
+def blank(tokenizer: Tokenizer, rows: int, length: int, document_start: bool) -> Canvas:
+    """Rows of masks. `document_start` puts the end-of-text sign first: it precedes every document of a stream."""
+    tokens = np.full((rows, length), tokenizer.mask_id, np.int32)
+    if document_start:
+        tokens[:, 0] = tokenizer.eos_id
+    return Canvas(tokens)
+
+
+def padded(rows: Sequence[np.ndarray], tokenizer: Tokenizer, length: int) -> Canvas:
+    """Rows of different lengths as one canvas. Raises InputError for a row longer than `length`."""
+    tokens = np.full((len(rows), length), tokenizer.pad_id, np.int32)
+    segments = np.zeros((len(rows), length), np.int32)
+    for number, row in enumerate(rows):
+        if len(row) > length:
+            raise InputError(f"a text of {len(row)} tokens does not fit {length}", "shorten it")
+        tokens[number, : len(row)] = row
+        segments[number, : len(row)] = 1
+    return Canvas(tokens, None if segments.all() else segments)
+
+
+def _carry(canvas: Canvas, sampler: Sampler) -> Any:
+    if canvas.segments is None:
+        return None
+    return np.concatenate([canvas.segments] * 2) if sampler.guidance else canvas.segments
+
+
+def steps(
+    loaded: Loaded, sampler: Sampler, canvas: Canvas, key: jax.Array
+) -> Iterator[tuple[SamplerState, list[Event]]]:
+    """The state after each step of denoising `canvas`, and the events of the step."""
+    carry, mask_id = _carry(canvas, sampler), loaded.tokenizer.mask_id
+    return stream(sampler, loaded.forward, loaded.params, canvas.tokens, key, mask_id=mask_id, carry=carry)  # pyright: ignore[reportArgumentType]
+
+
+def draw_with_events(loaded: Loaded, sampler: Sampler, canvas: Canvas, key: jax.Array) -> Drawn:
+    """Denoise `canvas`, keeping the events of every step."""
+    events: list[Event] = []
+    state = None
+    for after, happened in steps(loaded, sampler, canvas, key):
+        state = after
+        events += happened
+    zeros = np.zeros(len(canvas.tokens), np.int32)
+    if state is None:
+        return Drawn(canvas, canvas.tokens, (), zeros, zeros)
+    return Drawn(canvas, np.asarray(state.tokens), tuple(events), np.asarray(state.step), np.asarray(state.nfe))
+
+
+def gaps(documents: Sequence[Document], tokenizer: Tokenizer, settings: Samples) -> list[tuple[np.ndarray, int, int]]:
+    """(tokens, start, stop) of texts with a gap to fill, from held-out documents, evenly spread over them.
+
+    Python documents give whole top-level definitions, so that `ast.parse` can judge the result; others their beginning.
+    """
+    found: list[tuple[np.ndarray, int, int]] = []
+    wanted = settings.infilled
+    order = np.random.default_rng(0).permutation(len(documents)) if wanted else []
+    for number in order:
+        row = _excerpt(documents[number].data, tokenizer, settings.length)
+        if row is not None and len(row) >= 8:
+            size = max(1, round(settings.gap * len(row)))
+            start = (len(row) - size) // 2
+            found.append((row, start, start + size))
+        if len(found) == wanted:
+            break
+    return found
+
+
+def _excerpt(data: bytes, tokenizer: Tokenizer, length: int) -> np.ndarray | None:
+    text = data.decode("utf-8", "replace")
+    lines = text.splitlines(keepends=True)
+    tree = parse(text)
+    if tree is None:
+        return tokenizer.encode(text[: 16 * length])[:length]
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    for node in tree.body:
+        if isinstance(node, kinds) and node.end_lineno is not None:
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            row = tokenizer.encode("".join(lines[first - 1 : node.end_lineno]))
+            if length // 4 <= len(row) <= length:
+                return row
+    return None
+
+
+def parse(text: str) -> ast.Module | None:
+    """The syntax tree of `text`, None where Python refuses it or it holds no statement."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as an invalid escape sequence
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    return tree if tree.body else None
+
+
+def until_end(tokens: np.ndarray, tokenizer: Tokenizer) -> tuple[np.ndarray, bool]:
+    """A drawn row without its leading end-of-text sign, up to the next one; and whether there was a next one."""
+    row = tokens[1:] if len(tokens) and tokens[0] == tokenizer.eos_id else tokens
+    ends = np.flatnonzero(row == tokenizer.eos_id)
+    return (row[: ends[0]], True) if len(ends) else (row, False)
+
+
+def whole_lines(text: str) -> str:
+    """`text` without its last line where that is cut short: what may be asked to parse of a text that was cut."""
+    return text if text.endswith("\n") else text.rpartition("\n")[0] + "\n" if "\n" in text else text

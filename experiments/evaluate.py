@@ -1,0 +1,105 @@
+"""Score a trained model on held-out text, and run the certificates: `python -m experiments.evaluate model.path=...`."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments import scoring, wiring
+from experiments.runner import main
+from experiments.settings import Evaluate, Launch
+from experiments.terminal import note
+from ruvjax.core import allocator
+from ruvjax.data.baselines import measure_baselines
+from ruvjax.data.pack import Packed, pack_documents
+from ruvjax.data.sources import Document
+from ruvjax.diffusion.certificates import Certificate, certify
+from ruvjax.errors import ConfigError, InputError, RunError
+from ruvjax.training import report
+from ruvjax.training.provenance import collect_provenance
+from ruvjax.training.runfolder import RunFolder
+
+
+def run(job: Evaluate, launch: Launch) -> Path:
+    """Evaluate a model, certify the mathematics, or both; returns the path of summary.json."""
+    started = time.monotonic()
+    wiring.check_kernels(job.kernels.attention_impl)
+    wiring.start_backend(job.backend)
+    only_certify = job.certify and not job.model.path
+    loaded = None if only_certify else wiring.load(job.model, job.kernels.attention_impl)
+    texts = None if loaded is None else read_texts(job, loaded)
+    with launch.folder(job.run) as folder:
+        provenance = collect_provenance({"seed": job.seed}, vars(allocator.report()))
+        folder.write_provenance(provenance)
+        metrics: dict[str, Any] = {}
+        comparison: tuple[report.Compared, ...] = ()
+        if loaded is not None and texts is not None:
+            metrics, comparison = score_model(job, loaded, *texts)
+        certificates = certify() if job.certify else []
+        for certificate in certificates:
+            note(verdict(certificate))
+        write(folder, job, comparison, certificates, provenance)
+        failed = [c for c in certificates if not (c.passed and c.control_failed)]
+        if failed:
+            raise RunError(f"{len(failed)} of {len(certificates)} certificates fail, {failed[0].name!r} first")
+        return folder.finish("done", metrics | {"certificates": len(certificates)}, time.monotonic() - started)
+
+
+def verdict(certificate: Certificate) -> str:
+    """One line: the value, where it must lie, and the control, which must lie elsewhere."""
+    low, high = certificate.bound
+    state = "holds" if certificate.passed and certificate.control_failed else "FAILS"
+    return (
+        f"{state}: {certificate.name}: {certificate.value:.3g} in [{low:.3g}, {high:.3g}]; "
+        f"control ({certificate.control}): {certificate.control_value:.3g}"
+    )
+
+
+def read_texts(job: Evaluate, loaded: wiring.Loaded) -> tuple[dict[str, list[Document]], Packed]:
+    """The documents of the corpus by split, and those of `job.split` packed one by one."""
+    length = job.length or loaded.length
+    if not length:
+        raise ConfigError("the model does not say how long its rows were", "set length=<tokens>")
+    if length > loaded.model.max_length:
+        context = loaded.model.max_length
+        raise InputError(f"length={length} is longer than the model's context of {context}", "lower length")
+    splits = job.data.splits()
+    if not splits[job.split]:
+        raise InputError(f"the {job.split} split of the corpus is empty", "change valid_share and test_share")
+    return splits, pack_documents(splits[job.split], loaded.tokenizer, length, "per_document")
+
+
+def score_model(
+    job: Evaluate, loaded: wiring.Loaded, splits: dict[str, list[Document]], packed: Packed
+) -> tuple[dict[str, Any], tuple[report.Compared, ...]]:
+    """The model's likelihood of the packed rows beside the simple models', as metrics and as rows of the report."""
+    found = scoring.held_out(loaded, packed, job.evaluation, job.seed, method=job.estimator)
+    train, test = ([document.data for document in splits[name]] for name in ("train", job.split))
+    simple = measure_baselines(train, test, loaded.tokenizer)
+    note(str(simple))
+    ours = found.bits_per_byte
+    note(f"{job.split} split: {ours.mean:.3f} bits per byte, 95% interval {ours.low:.3f} to {ours.high:.3f} (a bound)")
+    return found.metrics() | scoring.baseline_metrics(simple, ours.high), scoring.compared(found, simple)
+
+
+def write(
+    folder: RunFolder,
+    job: Evaluate,
+    comparison: tuple[report.Compared, ...],
+    certificates: list[Certificate],
+    provenance: dict[str, Any],
+) -> None:
+    data = report.ReportData(
+        title=f"{folder.name}: {folder.path.name}",
+        subtitle=f"{job.model.path or 'certificates'}, {job.split} split",
+        notes=tuple(verdict(certificate) for certificate in certificates),
+        comparison=comparison,
+        provenance=provenance,
+        config=(folder.path / "config.yaml").read_text(),
+    )
+    report.write_report(folder.report, data)
+    note(f"report {folder.report}")
+
+
+if __name__ == "__main__":
+    sys.exit(main("evaluate", run))

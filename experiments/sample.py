@@ -1,0 +1,174 @@
+"""Draw text from a trained model, or fill the gaps of one: `python -m experiments.sample model.path=...`.
+
+The text appears on the terminal as it is denoised. `sample.stream=PATH` (or -) writes what happens as JSON lines: one
+"start" line with the initial tokens, one line per event, one "end" line with the texts.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import drawing, wiring
+from experiments.animate import animate
+from experiments.drawing import Canvas
+from experiments.runner import main
+from experiments.settings import Drawing, Launch, Sample
+from experiments.terminal import note
+from experiments.wiring import Loaded
+from ruvjax.core import allocator
+from ruvjax.core.events import Event, replay
+from ruvjax.errors import InputError
+from ruvjax.training import report
+from ruvjax.training.provenance import collect_provenance
+from ruvjax.training.runfolder import RunFolder, full_disk_fails
+
+FORMAT = 1
+CONTINUATION = 96  # tokens after the prompt, where sample.length does not say
+
+
+def run(job: Sample, launch: Launch) -> Path:
+    """Draw `sample.count` texts; returns the path of summary.json."""
+    started = time.monotonic()
+    wiring.check_kernels(job.kernels.attention_impl)
+    wiring.start_backend(job.backend)
+    loaded = wiring.load(job.model, job.kernels.attention_impl)
+    sampler = wiring.finish_sampler(job.sampler, loaded, note)
+    canvas = canvas_of(job.sample, loaded)
+    with launch.folder(job.run) as folder, opened(job.sample.stream) as write:
+        provenance = collect_provenance({"seed": job.seed}, vars(allocator.report()))
+        folder.write_provenance(provenance)
+        began = time.monotonic()
+        events = draw(job, loaded, sampler, canvas, write)
+        seconds = time.monotonic() - began
+        tokens = replay(canvas.tokens, events, loaded.tokenizer.mask_id)
+        texts = [loaded.tokenizer.decode(row) for row in tokens]
+        write({"kind": "end", "texts": texts})
+        if job.sample.stream != "-":
+            animated = job.sample.animate and sys.stdout.isatty()  # then the first text is on the screen already
+            print("\n\n".join(texts[animated:]), flush=True)
+        write_report(folder, loaded, canvas, events, texts, provenance)
+        metrics = {
+            "rows": len(texts),
+            "tokens": int(np.sum(canvas.tokens == loaded.tokenizer.mask_id)),
+            "steps": 1 + max((event.step for event in events), default=-1),
+            "events": len(events),
+            "sampling_s": seconds,  # the first call's compilation included
+        }
+        return folder.finish("done", metrics, time.monotonic() - started)
+
+
+def canvas_of(settings: Drawing, loaded: Loaded) -> Canvas:
+    """The rows to denoise. Raises InputError for a prompt that cannot be read or does not fit the model's context."""
+    tokenizer, context = loaded.tokenizer, loaded.model.max_length
+    prompt = read_prompt(settings.file) if settings.file else settings.prompt
+    mask = np.full(settings.gap, tokenizer.mask_id, np.int32)
+    parts = [tokenizer.encode(part) for part in prompt.split(settings.mark)]
+    row = np.concatenate([piece for part in parts for piece in (mask, part)][1:])
+    if len(row) > context:
+        raise InputError(f"the prompt has {len(row)} tokens, the model's context {context}", "shorten the prompt")
+    if len(parts) == 1:
+        length = settings.length or min(len(row) + CONTINUATION, context)
+        if length > context:
+            raise InputError(f"sample.length={length} is longer than the model's context of {context}", "lower it")
+        if length <= len(row):
+            raise InputError(f"sample.length={length} leaves no room after {len(row)} prompt tokens", "raise it")
+        start = row if len(row) else np.array([tokenizer.eos_id], np.int32)  # a document follows the end of another
+        row = np.concatenate([start, np.full(length - len(start), tokenizer.mask_id, np.int32)])
+    elif settings.length:
+        raise InputError("sample.length has no meaning for a text with marks", "set sample.gap, the tokens per mark")
+    return Canvas(np.tile(row, (settings.count, 1)))
+
+
+def read_prompt(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_bytes().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"sample.file={path} cannot be read: {error.strerror or error}", "name a text file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"sample.file={path} is not UTF-8 text", "name a text file") from error
+
+
+def draw(job: Sample, loaded: Loaded, sampler: Any, canvas: Canvas, write: Callable[[dict], None]) -> list[Event]:
+    """Denoise the canvas, telling the stream and the terminal as it happens; returns all events."""
+    rows, length = canvas.tokens.shape
+    mask_id, decode = loaded.tokenizer.mask_id, loaded.tokenizer.decode
+    write(
+        {
+            "kind": "start",
+            "format": FORMAT,
+            "rows": rows,
+            "length": length,
+            "mask_id": mask_id,
+            "tokens": canvas.tokens.tolist(),
+        }
+    )
+    events: list[Event] = []
+
+    def happening() -> Iterator[Event]:
+        for _, happened in drawing.steps(loaded, sampler, canvas, jax.random.key(job.seed)):
+            for event in happened:
+                write(event.to_json())
+                events.append(event)
+                yield event
+
+    counted = sampler.order == "first_hitting" or sampler.threshold or sampler.factor or sampler.tokens_per_step
+    most = max(sampler.steps, int(np.sum(canvas.tokens[0] == mask_id))) if counted else sampler.steps
+    if job.sample.animate:
+        animate(canvas.tokens[0].tolist(), happening(), decode, mask_id, steps=most, delay=job.sample.delay)
+    for _ in happening() if not job.sample.animate else ():
+        pass
+    return events
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[Callable[[dict], None]]:
+    """A function that writes one JSON line to `path`, to stdout for "-", or nowhere for ""."""
+    if not path:
+        yield lambda record: None
+        return
+    if path == "-":
+        yield lambda record: print(json.dumps(record, ensure_ascii=False), flush=True)
+        return
+    try:
+        file = open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"sample.stream={path} cannot be written: {error.strerror}", "name another file") from error
+    with full_disk_fails(path), file:
+
+        def write(record: dict) -> None:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+
+        yield write
+
+
+def write_report(
+    folder: RunFolder, loaded: Loaded, canvas: Canvas, events: list[Event], texts: list[str], provenance: dict[str, Any]
+) -> None:
+    tokenizer = loaded.tokenizer
+    decode, mask_id = tokenizer.decode, tokenizer.mask_id
+    traces = [
+        report.trace(f"text {row + 1}", canvas.tokens[row].tolist(), events, decode, mask_id, row)
+        for row in range(min(4, len(texts)))
+    ]
+    data = report.ReportData(
+        title=f"{folder.name}: {folder.path.name}",
+        subtitle="sampled texts",
+        denoising=tuple(traces),
+        samples=tuple(report.Sample(f"text {number + 1}", text) for number, text in enumerate(texts)),
+        provenance=provenance,
+        config=(folder.path / "config.yaml").read_text(),
+    )
+    report.write_report(folder.report, data)
+    note(f"report {folder.report}")
+
+
+if __name__ == "__main__":
+    sys.exit(main("sample", run))

@@ -1,0 +1,250 @@
+"""The jobs of the command line as frozen dataclasses: `configs/<verb>.yaml` builds one of these."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from kernels_pallas.dispatch import IMPLS
+from ruvjax.core.backend import DistributedConfig
+from ruvjax.core.sharding import MeshConfig
+from ruvjax.data.pipeline import Pipeline
+from ruvjax.data.sources import HubSource, StdlibSource, TextSource
+from ruvjax.data.tokenize import TokenizerConfig
+from ruvjax.diffusion.loss import DiffusionLoss
+from ruvjax.diffusion.sampler import Sampler
+from ruvjax.errors import BackendError, ConfigError
+from ruvjax.models.transformer import Transformer
+from ruvjax.training.loop import TrainerConfig
+from ruvjax.training.optimizer import OptimizerConfig
+from ruvjax.training.runfolder import RunFolder, open_run
+from ruvjax.training.trackers import TRACKERS
+
+
+def _at_least(owner: str, config: Any, **limits: int) -> None:
+    for name, low in limits.items():
+        if getattr(config, name) < low:
+            raise ConfigError(f"{owner}.{name}={getattr(config, name)} must be at least {low}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run is kept: `dir`, or a new folder under `root/name/`. `trackers` (extra) get the metrics as well."""
+
+    name: str
+    dir: str | None = None
+    root: str = "runs"
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for tracker in self.trackers:
+            if tracker not in TRACKERS:
+                raise ConfigError(f"run.trackers: {tracker!r} is not known", f"one of {', '.join(TRACKERS)}")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which body each op runs: auto, or a name of `kernels_pallas.dispatch.IMPLS`. A named one never falls back."""
+
+    attention: str = "auto"
+
+    def __post_init__(self):
+        if self.attention not in ("auto", *IMPLS):
+            raise BackendError(f"kernels.attention={self.attention!r} is not known", f"one of auto, {', '.join(IMPLS)}")
+
+    @property
+    def attention_impl(self) -> str | None:
+        return None if self.attention == "auto" else self.attention
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How likelihood is estimated: `samples` corruptions per row of `batch` rows; at most `rows` rows (0: all)."""
+
+    samples: int = 4
+    batch: int = 32
+    rows: int = 0
+    valid_rows: int = 64  # of the validation split, at each trainer.eval_every
+    valid_samples: int = 1
+
+    def __post_init__(self):
+        _at_least("evaluation", self, samples=1, batch=1, rows=0, valid_rows=1, valid_samples=1)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is drawn at the end of training: `generated` texts and `infilled` gaps of test documents, at most `length`
+    tokens long, of which `shown` are in the report."""
+
+    generated: int = 16
+    infilled: int = 16
+    shown: int = 4
+    length: int = 128
+    gap: float = 0.25  # the share of a text that is masked for infilling
+
+    def __post_init__(self):
+        _at_least("samples", self, generated=0, infilled=0, shown=0, length=8)
+        if not 0 < self.gap < 1:
+            raise ConfigError(f"samples.gap={self.gap} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Train:
+    """`python -m experiments.train`."""
+
+    run: Run
+    data: StdlibSource | TextSource | HubSource
+    tokenizer: TokenizerConfig
+    pipeline: Pipeline
+    model: Transformer
+    objective: DiffusionLoss
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    evaluation: Evaluation
+    sampler: Sampler
+    samples: Samples
+    kernels: Kernels
+    mesh: MeshConfig
+    distributed: DistributedConfig
+    backend: str = "auto"
+    seed: int = 0
+    debug: bool = False
+
+    def __post_init__(self):
+        if self.pipeline.length > self.model.max_length:
+            raise ConfigError(
+                f"pipeline.length={self.pipeline.length} is longer than model.max_length={self.model.max_length}",
+                "lower pipeline.length or raise model.max_length",
+            )
+        if self.samples.length > self.model.max_length:
+            raise ConfigError(
+                f"samples.length={self.samples.length} is longer than model.max_length={self.model.max_length}",
+                "lower samples.length",
+            )
+        if self.objective.kind == "block" and self.pipeline.length % self.objective.block_size:
+            size = self.objective.block_size
+            raise ConfigError(f"pipeline.length={self.pipeline.length} is no multiple of objective.block_size={size}")
+        if self.pipeline.batch % self.trainer.accumulation:
+            parts = self.trainer.accumulation
+            raise ConfigError(f"pipeline.batch={self.pipeline.batch} does not divide by trainer.accumulation={parts}")
+
+
+@dataclass(frozen=True)
+class ModelPath:
+    """A trained model: a folder with model.safetensors, config.json and tokenizer.json, or a run that exported one."""
+
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """`python -m experiments.evaluate`. `certify` runs the certificates as well; without a model.path, only those."""
+
+    run: Run
+    model: ModelPath
+    data: StdlibSource | TextSource | HubSource
+    length: int
+    split: Literal["train", "valid", "test"]
+    estimator: Literal["continuous", "exact_k"]
+    evaluation: Evaluation
+    kernels: Kernels
+    backend: str = "auto"
+    certify: bool = False
+    seed: int = 0
+    debug: bool = False
+
+    def __post_init__(self):
+        _at_least("evaluate", self, length=0)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What `experiments.sample` draws. `prompt` is the left part of a text, or, with `mark` in it, a text with gaps.
+
+    file: read the prompt from this file instead. gap: tokens per mark.
+    length: tokens of the whole text (0: the prompt and 96 more); a text with marks has a length of its own.
+    stream: events as JSONL to this file, or - for stdout. animate: redraw the text on the terminal as it appears.
+    """
+
+    prompt: str = ""
+    file: str = ""
+    mark: str = "<mask>"
+    gap: int = 16
+    length: int = 0
+    count: int = 1
+    stream: str = ""
+    animate: bool = True
+    delay: float = 0.03  # seconds between two frames
+
+    def __post_init__(self):
+        _at_least("sample", self, gap=1, length=0, count=1)
+        if not self.mark:
+            raise ConfigError("sample.mark is empty", "such as sample.mark='<mask>'")
+        if self.prompt and self.file:
+            raise ConfigError("sample.prompt and sample.file exclude each other", "leave one of them empty")
+        if not 0 <= self.delay <= 10:
+            raise ConfigError(f"sample.delay={self.delay} must be between 0 and 10 seconds")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`python -m experiments.sample`."""
+
+    run: Run
+    model: ModelPath
+    sample: Drawing
+    sampler: Sampler
+    kernels: Kernels
+    backend: str = "auto"
+    seed: int = 0
+    debug: bool = False
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """`python -m experiments.doctor`. A named `backend` that cannot run here is an error."""
+
+    run: Run
+    data: StdlibSource | TextSource | HubSource
+    kernels: Kernels
+    backend: str = "auto"
+    debug: bool = False
+
+
+def process_folder(directory: str, process: int) -> str:
+    """The folder of one process of a run that is kept in `directory`."""
+    return directory if process == 0 else str(Path(directory) / f"process-{process}")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the command line knows about a job: its verb, its resolved configuration, the overrides that were typed."""
+
+    verb: str
+    config: Mapping[str, Any]
+    overrides: tuple[str, ...]
+
+    @contextlib.contextmanager
+    def folder(self, run: Run, resume: bool = False) -> Iterator[RunFolder]:
+        """Claim the run's folder. A run that ends by an exception leaves a summary that says how.
+
+        Of several processes the first has `run.dir`, which all must be given, and the others folders in it.
+        """
+        started = time.monotonic()
+        directory = run.dir
+        if jax.process_count() > 1:
+            if directory is None:
+                raise ConfigError("a run of several processes needs a folder", "set the same run.dir for all of them")
+            directory = process_folder(directory, jax.process_index())
+        folder = open_run(run.root, run.name, self.verb, self.config, self.overrides, directory, resume)
+        try:
+            yield folder
+        except BaseException as error:
+            stopped = not isinstance(error, Exception) or getattr(error, "exit_code", 1) in (130, 143)
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                folder.finish("interrupted" if stopped else "failed", {}, time.monotonic() - started)
+            raise

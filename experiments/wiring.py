@@ -1,0 +1,223 @@
+"""Puts the parts together: model functions for losses, likelihoods and samplers, the first state, exports.
+
+The verbs and the notebook share what is here; `ruvjax` itself never knows which model is behind a function.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import Mesh
+
+from experiments.settings import ModelPath, Train
+from kernels_pallas.attention import Mask as AttentionMask
+from ruvjax.core.backend import devices, initialise_distributed, require
+from ruvjax.core.model import Output
+from ruvjax.core.params import init, shardings
+from ruvjax.core.sharding import RULES, MeshConfig, batch_sharding, make_mesh
+from ruvjax.data.tokenize import Tokenizer, load_tokenizer
+from ruvjax.diffusion.loss import Encode, Project, objective
+from ruvjax.diffusion.sampler import Forward, Sampler
+from ruvjax.diffusion.schedule import Schedule
+from ruvjax.errors import BackendError, ConfigError, InputError
+from ruvjax.io.huggingface import load_model, save_model
+from ruvjax.models.transformer import Transformer
+from ruvjax.training.optimizer import build_optimizer, learning_rate
+from ruvjax.training.state import TrainState, init_state
+from ruvjax.training.step import Step, make_step
+
+EXPORT = "model"  # the folder of a run that holds its exported model
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model that can be used: hyper-parameters, parameters, tokenizer and how it was trained.
+
+    block_size is that of the block objective, 0 for every other; schedule tells the time of a mask share; length is
+    that of the rows it was trained on, 0 where nobody says.
+    """
+
+    model: Transformer
+    params: Any
+    tokenizer: Tokenizer
+    schedule: Schedule = Schedule()
+    block_size: int = 0
+    length: int = 0
+    attention: str | None = None
+
+    @property
+    def forward(self) -> Forward:
+        return forward_of(self.model, self.attention, self.block_size)
+
+
+def start_backend(name: str, distributed: Any = None) -> None:
+    """Join the run of many processes where one is configured, then make `name` the default backend.
+
+    Raises BackendError where it cannot run here.
+    """
+    if distributed is not None:
+        initialise_distributed(distributed)
+    kind = require(name)
+    if name != "auto" and devices(kind)[0] not in jax.devices():
+        jax.config.update("jax_default_device", devices(kind)[0])
+
+
+@functools.cache
+def forward_of(model: Transformer, attention: str | None = None, block_size: int = 0) -> Forward:
+    """`(params, tokens, time, carry) -> (Output, carry)`; `carry` is the segments of each row, or None without padding.
+
+    One object per model and settings, because jitted samplers hold it as a static argument.
+    """
+
+    def forward(params: Any, tokens: jax.Array, time: jax.Array, carry: Any) -> tuple[Output, Any]:
+        mask = AttentionMask(segments=carry, block=block_size)
+        return model.apply(params, tokens, mask=mask, time=time, impl=attention), carry
+
+    return forward
+
+
+def encode_of(model: Transformer, attention: str | None = None) -> Encode:
+    """`(params, tokens, time, mask, positions) -> hidden`, for the training losses."""
+
+    def encode(params, tokens, time, mask, positions):
+        output = model.apply(params, tokens, mask=mask, positions=positions, time=time, logits=False, impl=attention)
+        return output.hidden
+
+    return encode
+
+
+def project_of(model: Transformer) -> Project:
+    """`(params, hidden) -> logits`, for the training losses."""
+    return lambda params, hidden: model.head(params, hidden)
+
+
+def fit_vocabulary(model: Transformer, tokenizer: Tokenizer, note: Callable[[str], None]) -> Transformer:
+    """`model` with the vocabulary of a tokenizer that was just trained; says so where that changes its size."""
+    if model.vocab_size != tokenizer.vocab_size:
+        note(f"model.vocab_size {model.vocab_size} becomes {tokenizer.vocab_size}, the size of the trained tokenizer")
+    return dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+
+
+def mesh_of(config: MeshConfig, batch: int) -> Mesh | None:
+    """The mesh over all devices; None where there is one device, which needs no layout.
+
+    Raises ConfigError where a batch of so many rows does not divide among the devices that split it.
+    """
+    mesh = make_mesh(config)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch % rows:
+        raise ConfigError(
+            f"pipeline.batch={batch} does not divide among {rows} devices",
+            f"make it a multiple of {rows}, or lay the mesh out otherwise (mesh=tensor, mesh.data=...)",
+        )
+    return mesh if mesh.size > 1 else None
+
+
+def training_parts(job: Train, model: Transformer, tokenizer: Tokenizer, mesh: Mesh | None) -> tuple[TrainState, Step]:
+    """The state before the first step and the step itself. Parameters depend on `job.seed` and on nothing else."""
+    optimizer = build_optimizer(job.optimizer, model.spec())
+    params_key, run_key = jax.random.split(jax.random.key(job.seed))
+    layout = shardings(model, mesh, dict(RULES)) if mesh is not None else None
+    params = jax.jit(partial(init, model), out_shardings=layout)(params_key)
+    state = init_state(params, optimizer, run_key, ema=job.optimizer.ema > 0)
+    loss = objective(
+        job.objective,
+        encode_of(model, job.kernels.attention_impl),
+        project_of(model),
+        mask_id=tokenizer.mask_id,
+        batch_size=job.pipeline.batch,
+    )
+    rate = partial(learning_rate, job.optimizer)
+    return state, make_step(loss, optimizer, rate, ema=job.optimizer.ema, accumulation=job.trainer.accumulation)
+
+
+def gathered(params: Any) -> Any:
+    """`params` as this process can use them alone: in a run of several processes each holds only a part of some."""
+    return params if jax.process_count() == 1 else process_allgather(params, tiled=True)
+
+
+def usable(job: Train, model: Transformer, params: Any, tokenizer: Tokenizer) -> Loaded:
+    """The model of a training job with the (gathered) parameters it has now."""
+    block = job.objective.block_size if job.objective.kind == "block" else 0
+    attention = job.kernels.attention_impl
+    return Loaded(model, params, tokenizer, job.objective.schedule, block, job.pipeline.length, attention)
+
+
+def batch_layout(mesh: Mesh | None):
+    """How a batch lies over the mesh, None for one device."""
+    return None if mesh is None else batch_sharding(mesh)
+
+
+def block_sampler(sampler: Sampler, block_size: int, note: Callable[[str], None]) -> Sampler:
+    """`sampler` as a model of the block objective needs it: its block size, counted from position 0."""
+    if not block_size or (sampler.block_size == block_size and sampler.block_origin == "canvas"):
+        return sampler
+    note(f"sampler.block_size becomes {block_size}, counted from position 0: the model was trained in such blocks")
+    return dataclasses.replace(sampler, block_size=block_size, block_origin="canvas")
+
+
+def finish_sampler(sampler: Sampler, loaded: Loaded, note: Callable[[str], None]) -> Sampler:
+    """`sampler` with what only the model knows: its blocks, and its end and padding tokens where they are asked for."""
+    sampler = block_sampler(sampler, loaded.block_size, note)
+    if sampler.eos_handling != "none" and sampler.eos_id < 0:
+        tokenizer = loaded.tokenizer
+        sampler = dataclasses.replace(sampler, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    return sampler
+
+
+def export(folder: Path, loaded: Loaded) -> Path:
+    """Write the model as safetensors, config.json and tokenizer.json; `load` and `RuvDLLM.load` read it."""
+    tokenizer = loaded.tokenizer
+    saved = tokenizer.save(folder.parent / "tokenizer")
+    schedule = dataclasses.asdict(loaded.schedule)
+    diffusion = {"schedule": schedule, "block_size": loaded.block_size, "length": loaded.length}
+    return save_model(
+        folder,
+        loaded.model,
+        jax.device_get(loaded.params),
+        saved,
+        mask_token_id=tokenizer.mask_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+        diffusion=diffusion,
+    )
+
+
+def load(path: ModelPath, attention: str | None = None) -> Loaded:
+    """The model at `path`. Raises InputError where it cannot be read or has no tokenizer."""
+    if not path.path:
+        raise InputError("model.path is empty", "model.path=runs/<name>/<stamp>, or a model folder")
+    folder = Path(path.path).expanduser()
+    if not folder.exists():
+        raise InputError(f"model.path={path.path} does not exist", "name a run folder or a model folder")
+    if (folder / EXPORT / "config.json").is_file():
+        folder = folder / EXPORT
+    model, params, files = load_model(folder)
+    if files.tokenizer is None:
+        raise InputError(f"{folder} holds no tokenizer.json", "copy the tokenizer of the model there")
+    tokenizer = load_tokenizer(files.tokenizer)
+    if tokenizer.vocab_size > model.vocab_size:
+        sizes = f"{tokenizer.vocab_size} entries, the model {model.vocab_size}"
+        raise InputError(f"{folder}: the tokenizer has {sizes}", "copy the right one")
+    settings = files.diffusion
+    try:
+        schedule = Schedule(**settings.get("schedule", {}))
+        block, length = int(settings.get("block_size", 0)), int(settings.get("length", 0))
+    except (TypeError, ValueError, ConfigError) as error:
+        raise InputError(f"{folder}/config.json: bad diffusion settings: {error}", "export the model again") from error
+    return Loaded(model, params, tokenizer, schedule, block, length, attention)
+
+
+def check_kernels(attention: str | None) -> None:
+    """Raises BackendError where a kernel implementation that was named is not there."""
+    from kernels_pallas.attention import IMPLEMENTATIONS
+
+    if attention is not None and attention not in IMPLEMENTATIONS:
+        raise BackendError(
+            f"kernels.attention={attention!r} is not written yet", f"one of auto, {', '.join(IMPLEMENTATIONS)}"
+        )

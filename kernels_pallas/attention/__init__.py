@@ -1,0 +1,35 @@
+"""Multi-head, grouped-query and multi-query attention under a `Mask`."""
+
+import math
+
+import jax
+
+from kernels_pallas.attention import reference, xla
+from kernels_pallas.attention.mask import Mask
+from kernels_pallas.dispatch import resolve
+
+__all__ = ["IMPLEMENTATIONS", "Mask", "attention"]
+
+IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention}
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask | None = None,
+    *,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> jax.Array:
+    """softmax(scale * q k^T) v.
+
+    q is [batch, length, heads, dim]; k and v are [batch, length, kv_heads, dim] with heads a multiple of kv_heads. The
+    result has the shape and dtype of q; a query that may attend to nothing yields zeros. `scale` is 1/sqrt(dim) by
+    default. `impl` names an implementation (None: the XLA form). Raises ValueError where the heads do not share evenly,
+    `kernels_pallas.dispatch.ImplError` for an `impl` that is not there.
+    """
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return resolve("attention", impl, IMPLEMENTATIONS)(q, k, v, Mask() if mask is None else mask, scale)

@@ -1,0 +1,80 @@
+"""Ops of masked diffusion over the vocabulary axis: the training loss, and the sampler's draw with its statistics."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.dispatch import resolve
+from kernels_pallas.unmask import reference, xla
+
+LOG_ZERO = xla.LOG_ZERO
+
+
+class Unmasked(NamedTuple):
+    """One draw per position, with what the model thinks of it. The statistics are of softmax(logits): neither the
+    temperature nor the floor of the draw changes them."""
+
+    token: Int[Array, "*rows"]
+    log_prob: Float[Array, "*rows"]  # of the drawn token, nats
+    confidence: Float[Array, "*rows"]  # the largest probability
+    entropy: Float[Array, "*rows"]  # nats
+    margin: Float[Array, "*rows"]  # largest minus second largest probability
+
+
+def masked_cross_entropy(
+    logits: Float[Array, "*rows vocab"], targets: Int[Array, "*rows"], exclude: int = -1, impl: str | None = None
+) -> Float[Array, "*rows"]:
+    """-log softmax(logits)[target] in nats, float32 (float64 for float64 logits).
+
+    A row whose target is negative, not below the vocabulary size, or equal to `exclude` costs 0 and has gradient 0.
+    `exclude` (-1: none) is a token that has probability 0, such as the mask under SUBS (Sahoo et al. 2024).
+    The backward pass keeps the logits and one log-sum-exp per row; the log-softmax is never stored.
+    Raises `kernels_pallas.dispatch.ImplError` for an `impl` that is not there.
+    """
+    bodies = {"reference": reference.masked_cross_entropy, "xla": xla.masked_cross_entropy}
+    return resolve("masked_cross_entropy", impl, bodies)(logits, targets, exclude)
+
+
+def group_size(vocabulary: int) -> int:
+    """Tokens per group of the two-level draw: the power of two nearest to the square root of the vocabulary size."""
+    return 2 ** round(math.log2(max(vocabulary, 2)) / 2)
+
+
+def draw_noise(key: jax.Array, shape: tuple[int, ...], vocabulary: int) -> Float[Array, "*rows noise"]:
+    """The Gumbel noise that `unmask` needs for logits of shape `shape + (vocabulary,)`.
+
+    From 64 random bits each, up to about 44: noise from 23 bits cannot exceed 16, which forbids tokens of small
+    probability and so lowers the temperature (Zheng et al. 2024).
+    """
+    group = group_size(vocabulary)
+    full = (2, *shape, -(-vocabulary // group) + group)
+    # Bits of one flat axis, kept from fusing into what reads them, compile ten times faster on a CPU.
+    bits = jax.lax.optimization_barrier(jax.random.bits(key, (math.prod(full),), jnp.uint32))
+    high, low = bits.reshape(full).astype(jnp.float32)
+    # Evenly distributed in (0, 1), and as fine near 0 as float32 is, where the noise is large.
+    x = jnp.minimum(high * 2.0**-32 + (low + 0.5) * 2.0**-64, 1.0 - 2.0**-24)
+    return -jnp.log(-jnp.log1p(-x))
+
+
+def unmask(
+    logits: Float[Array, "*rows vocab"],
+    noise: Float[Array, "*rows noise"] | None = None,
+    *,
+    floor: Float[Array, "*rows"] | None = None,
+    temperature: float = 1.0,
+    impl: str | None = None,
+) -> Unmasked:
+    """Draw a token at every position from softmax(logits / temperature), and judge it.
+
+    `noise` comes from `draw_noise` and may be None at temperature 0, where the draw is the argmax. Tokens whose logit
+    is below `floor` are never drawn (top-k, top-p and min-p are such floors: `ruvjax.core.logits`). A token is
+    excluded altogether by a logit of `LOG_ZERO`. At least float32 throughout.
+    Raises `kernels_pallas.dispatch.ImplError` for an `impl` that is not there.
+    """
+    body = resolve("unmask", impl, {"reference": reference.unmask, "xla": xla.unmask})
+    if noise is None and temperature != 0:
+        raise ValueError(f"unmask: temperature {temperature} needs noise (draw_noise)")
+    return Unmasked(*body(logits, noise, floor, temperature, group_size(logits.shape[-1])))

@@ -1,0 +1,1 @@
+"""The documented interfaces, thin handles over the functions of the other packages: `ruvjax.api.ruvdllm`."""

@@ -1,0 +1,257 @@
+"""RuvDLLM, the documented interface: load a model, generate text. Everything documented can be imported from here.
+
+    llm = RuvDLLM.load("runs/train/<stamp>")
+    print(llm.generate("def main():", 100))
+
+What is documented and not written yet (learning, federation, TALoRA, DGR, 4-bit weights) raises NotYetError.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+
+from ruvjax.api.compute import (
+    BackendType,
+    ComputeBackend,
+    CUDABackend,
+    DeviceInfo,
+    MetalBackend,
+    ScalarBackend,
+    SIMDBackend,
+    TPUBackend,
+    VulkanBackend,
+)
+from ruvjax.api.ruvdllm_errors import BackendError, ConfigError, GenerationError, ModelError, RuvDLLMError
+from ruvjax.api.ruvdllm_model import DiffusionConfig, DiffusionModel, NoiseSchedule, NoiseScheduleType
+from ruvjax.api.ruvdllm_sampler import GenerationStep, MDLMSampler, SamplerConfig
+from ruvjax.core.params import count
+from ruvjax.diffusion.sampler import Sampler
+from ruvjax.errors import NotYetError
+
+__all__ = [
+    "BackendError",
+    "BackendType",
+    "CUDABackend",
+    "ComputeBackend",
+    "ConfigError",
+    "DeviceInfo",
+    "DiffusionConfig",
+    "DiffusionModel",
+    "GenerationError",
+    "GenerationOptions",
+    "GenerationStep",
+    "MDLMSampler",
+    "MetalBackend",
+    "ModelError",
+    "ModelInfo",
+    "NoiseSchedule",
+    "NoiseScheduleType",
+    "NotYetError",
+    "PrivacyTier",
+    "RuvDLLM",
+    "RuvDLLMConfig",
+    "RuvDLLMError",
+    "RuvDLLMStats",
+    "SIMDBackend",
+    "SamplerConfig",
+    "ScalarBackend",
+    "TPUBackend",
+    "VulkanBackend",
+]
+
+
+class PrivacyTier(IntEnum):
+    """How far what is learned from a user may travel; each tier reaches further than the one before."""
+
+    PRIVATE = 0  # never leaves the device
+    GROUP = 1
+    TENANT = 2
+    PUBLIC = 3  # everyone, under differential privacy
+
+
+@dataclass(frozen=True)
+class RuvDLLMConfig:
+    """How a model is run. `backend` None is the best available. Raises ConfigError, and NotYetError for what is not
+    written yet."""
+
+    backend: BackendType | None = None
+    enable_talora: bool = False
+    enable_dgr: bool = False
+    talora_config: Any = None
+    dgr_config: Any = None
+    sampler_config: SamplerConfig | Sampler = field(default_factory=SamplerConfig)
+    privacy_tier: PrivacyTier = PrivacyTier.PRIVATE
+
+    def __post_init__(self):
+        if self.enable_talora or self.talora_config is not None:
+            raise NotYetError("RuvDLLMConfig: TALoRA is not there yet", "leave enable_talora and talora_config out")
+        if self.enable_dgr or self.dgr_config is not None:
+            raise NotYetError("RuvDLLMConfig: DGR is not there yet", "leave enable_dgr and dgr_config out")
+        for name, kind in (
+            ("backend", (BackendType, type(None))),
+            ("sampler_config", (SamplerConfig, Sampler)),
+            ("privacy_tier", PrivacyTier),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise ConfigError(f"RuvDLLMConfig.{name}={value!r} has the wrong type: {type(value).__name__}")
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Of one call. `sampler_config` None: the one the model was loaded with. The same `seed` gives the same text."""
+
+    max_length: int = 128
+    sampler_config: SamplerConfig | Sampler | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 1:
+            raise ConfigError(f"max_length={self.max_length!r} must be a whole number of at least 1")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed={self.seed!r} must be a whole number")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What was loaded. weights: the stored dtype, as safetensors calls it. memory_bytes: of the parameters."""
+
+    path: Path
+    model_type: str
+    parameters: int
+    memory_bytes: int
+    weights: str
+    vocab_size: int
+    max_length: int
+    backend: str
+    config: DiffusionConfig
+
+
+@dataclass(frozen=True)
+class RuvDLLMStats:
+    """Totals since the model was loaded. seconds: spent generating, compilation of new lengths included."""
+
+    generations: int = 0
+    tokens: int = 0
+    forward_passes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class RuvDLLM:
+    """A model on a backend, with its sampler settings. The only state beside them is what `stats` counts."""
+
+    def __init__(self, model: DiffusionModel, config: RuvDLLMConfig, path: Path):
+        if model.mask_id is None or model.tokenizer is None:
+            lacking = "mask token" if model.mask_id is None else "tokenizer"
+            raise ModelError.ConfigError(
+                f"{path}: the model has no {lacking}", "DiffusionModel.load_f16 loads it for forward passes alone"
+            )
+        self._backend = ComputeBackend.of(config.backend)
+        self._model = self._backend.place(model)
+        self._config = config
+        self._path = path
+        self._stats = RuvDLLMStats()
+
+    @classmethod
+    def load(cls, model_path: str | os.PathLike[str]) -> "RuvDLLM":
+        """Load a model folder, or a run that exported one, with the default configuration.
+
+        Raises ModelError.LoadError or ModelError.ConfigError.
+        """
+        return cls.with_config(model_path, RuvDLLMConfig())
+
+    @classmethod
+    def with_config(cls, model_path: str | os.PathLike[str], config: RuvDLLMConfig) -> "RuvDLLM":
+        """`load` with a configuration; raises BackendError where its backend is not available."""
+        return cls(DiffusionModel.load_f16(model_path), config, Path(model_path))
+
+    def generate(self, prompt: str, max_length: int) -> str:
+        """The text that follows `prompt`, at most `max_length` tokens of it. Raises as MDLMSampler.generate does."""
+        return self.generate_with_options(prompt, GenerationOptions(max_length))
+
+    def generate_with_options(self, prompt: str, options: GenerationOptions) -> str:
+        """`generate` with its own sampler settings and seed."""
+        began = time.perf_counter()
+        with self._backend.scope():
+            made = self._sampler(options).run(self._model, prompt, options.max_length)
+        self._count(made.tokens, made.passes, began)
+        return made.text
+
+    def generate_stream(self, prompt: str, max_length: int, callback: Callable[[str], bool]) -> None:
+        """Call `callback` with each new piece of text as soon as it can no longer change.
+
+        The pieces joined are what `generate` returns. Generation ends early where the callback returns False.
+        """
+        options = GenerationOptions(max_length)
+        began, shown, made = time.perf_counter(), "", None
+        try:
+            with self._backend.scope():
+                for step, made in self._sampler(options).steps(self._model, prompt, options.max_length):
+                    text = made.text if step.masked == 0 else step.text
+                    piece, shown = text[len(shown) :], text if len(text) > len(shown) else shown
+                    if piece and callback(piece) is False:
+                        return
+        finally:
+            if made is not None:
+                self._count(made.tokens, made.passes, began)
+
+    def info(self) -> ModelInfo:
+        """What was loaded, and where it runs."""
+        network, params = self._model.network, self._model.params
+        return ModelInfo(
+            path=self._path,
+            model_type=self._model.model_type,
+            parameters=count(network),
+            memory_bytes=_bytes(params),
+            weights=self._model.weights,
+            vocab_size=network.vocab_size,
+            max_length=network.max_length,
+            backend=self._backend.name(),
+            config=self._model.config(),
+        )
+
+    def stats(self) -> RuvDLLMStats:
+        """Totals since the model was loaded."""
+        return self._stats
+
+    def enable_learning(self, config: Any) -> NoReturn:
+        """Learning from interaction; not there yet."""
+        raise NotYetError("RuvDLLM.enable_learning is not there yet", "the README lists what is")
+
+    def disable_learning(self) -> NoReturn:
+        """Learning from interaction; not there yet."""
+        raise NotYetError("RuvDLLM.disable_learning is not there yet", "the README lists what is")
+
+    def join_federation(self, config: Any) -> NoReturn:
+        """Federated learning; not there yet."""
+        raise NotYetError("RuvDLLM.join_federation is not there yet", "the README lists what is")
+
+    def leave_federation(self) -> NoReturn:
+        """Federated learning; not there yet."""
+        raise NotYetError("RuvDLLM.leave_federation is not there yet", "the README lists what is")
+
+    def _sampler(self, options: GenerationOptions) -> MDLMSampler:
+        return MDLMSampler(options.sampler_config or self._config.sampler_config, options.seed)
+
+    def _count(self, tokens: int, passes: int, began: float) -> None:
+        past = self._stats
+        self._stats = RuvDLLMStats(
+            past.generations + 1,
+            past.tokens + tokens,
+            past.forward_passes + passes,
+            past.seconds + time.perf_counter() - began,
+        )
+
+
+def _bytes(params: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -1,0 +1,73 @@
+"""The one doorway for matrix multiplies, and the readout to the vocabulary.
+
+Both carry a custom VJP. XLA:CPU hands a dot to its fast kernels only where both operands are row-major and the
+contraction stands last on the left, first or last on the right; the weight gradient of autodiff contracts the leading
+dimension and, without a barrier, has its elementwise producers recomputed inside the dot. The backward rules here write
+each dot in a form that the fast kernels take (figures: experiments/bench). Products accumulate in float32 whatever the
+operands' dtype.
+"""
+
+import jax
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.layout import contract, row_major_transpose
+
+
+@jax.custom_vjp
+def linear(x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"]) -> Float[Array, "*batch outer"]:
+    """`x @ w` in the dtype of `x`, accumulated in float32. The gradient of `w` keeps the dtype of `w`."""
+    return _forward(x, w)
+
+
+def _forward(x, w):
+    flat = x.reshape(-1, x.shape[-1])
+    return contract(flat, w.astype(x.dtype), 1, 0).astype(x.dtype).reshape(*x.shape[:-1], w.shape[1])
+
+
+def _linear_fwd(x, w):
+    return _forward(x, w), (x, w)
+
+
+def _linear_bwd(saved, dy):
+    x, w = saved
+    flat = x.reshape(-1, x.shape[-1])
+    dy = lax.optimization_barrier(dy.reshape(-1, dy.shape[-1]))
+    dx = contract(dy, w.astype(dy.dtype), 1, 1).astype(x.dtype)
+    dw = contract(row_major_transpose(flat), dy, 1, 0).astype(w.dtype)
+    return dx.reshape(x.shape), dw
+
+
+linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+@jax.custom_vjp
+def readout(hidden: Float[Array, "*batch width"], table: Float[Array, "vocab width"]) -> Float[Array, "*batch vocab"]:
+    """Logits `hidden @ table.T` in float32: the head, tied or not, as a contraction that never transposes the table."""
+    return _readout(hidden, table)
+
+
+def _readout(hidden, table):
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return contract(flat, table.astype(hidden.dtype), 1, 1).reshape(*hidden.shape[:-1], table.shape[0])
+
+
+def _readout_fwd(hidden, table):
+    return _readout(hidden, table), (hidden, table)
+
+
+def _readout_bwd(saved, dlogits):
+    hidden, table = saved
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    dlogits = lax.optimization_barrier(dlogits.reshape(-1, dlogits.shape[-1]).astype(hidden.dtype))
+    dhidden = contract(dlogits, table.astype(hidden.dtype), 1, 0).astype(hidden.dtype)
+    dtable = contract(row_major_transpose(dlogits), flat, 1, 0).astype(table.dtype)
+    return dhidden.reshape(hidden.shape), dtable
+
+
+readout.defvjp(_readout_fwd, _readout_bwd)
+
+
+def embed(tokens: Int[Array, "*batch"], table: Float[Array, "vocab width"]) -> Float[Array, "*batch width"]:
+    """Rows of `table` at `tokens`."""
+    return table[tokens]

@@ -1,0 +1,1 @@
+"""Masked diffusion: schedules, corruption, training losses, likelihoods, certificates and the sampler."""

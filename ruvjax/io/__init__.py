@@ -1,0 +1,1 @@
+"""Models on disk: `ruvjax.io.huggingface` reads and writes safetensors folders."""

@@ -1,0 +1,68 @@
+"""Settings of every test, made before jax is imported, and the fixtures that folders share."""
+
+import os
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parent.parent
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+if _WORKERS > 1:
+    # One XLA thread pool per process: together they get the cores that there are.
+    os.environ.setdefault("NPROC", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+# A folder per worker, because jax writes an entry in place and another process could read half of it.
+_CACHE = _ROOT / ".pytest_cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "main")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import beartype
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+from beartype.roar import BeartypeDecorHintPep3119Exception
+
+
+def check_signature(function):
+    """beartype, but for the `__init__` of dataclasses: a configuration refuses wrong types itself (ConfigError, and
+    that is tested), and one pytree class holds specs, shardings or arrays at different times."""
+    if function.__qualname__.endswith("__init__"):
+        return function
+    try:
+        return beartype.beartype(function)
+    except BeartypeDecorHintPep3119Exception:  # it takes a Protocol, which only the type checker can judge
+        return function
+
+
+# By name, because the hook writes the checker into the compiled modules.
+jaxtyping.install_import_hook(["ruvjax", "kernels_pallas"], f"{__name__}.check_signature")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile(
+    "ruvjax",
+    deadline=None,  # the first example of a test compiles
+    derandomize="CI" in os.environ,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("ruvjax")
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """A transformer of 2 layers x 32 that any test can run in milliseconds: vocabulary 32, length up to 32."""
+    from ruvjax.models.transformer import Transformer
+
+    return Transformer(vocab_size=32, layers=2, width=32, heads=4, kv_heads=2, mlp_width=64, max_length=32)
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_model):
+    """Parameters of `tiny_model` from a fixed key."""
+    from ruvjax.core import params
+
+    return params.init(tiny_model, jax.random.key(0))
