@@ -22,7 +22,7 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from ruvjax.errors import ConfigError, RuvjaxError
 
 ALLOWED_PREFIX = "ruvjax."
-ALLOWED_MODULES = frozenset({"experiments.settings"})
+ALLOWED_MODULES = frozenset({"experiments.settings", "experiments.puzzle_settings", "experiments.repair_settings"})
 NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
@@ -128,8 +128,11 @@ def convert(value: Any, hint: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, Mapping) and "_target_" in value:
         built = build(value, path)
-        if isinstance(hint, type) and not getattr(hint, "_is_protocol", False) and not isinstance(built, hint):
-            raise _wrong(path, hint, type(built).__name__)
+        options = arguments if origin in (typing.Union, types.UnionType) else (hint,)
+        classes = tuple(option for option in options if isinstance(option, type))
+        checkable = len(classes) == len(options) and not any(getattr(c, "_is_protocol", False) for c in classes)
+        if checkable and not isinstance(built, classes):
+            raise _wrong(path, " or ".join(_describe(option) for option in options), type(built).__name__)
         return built
     if hint is Any:
         return _plain(value)

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,10 +12,11 @@ import numpy as np
 
 from experiments.settings import Samples
 from experiments.wiring import Loaded
-from ruvjax.core.events import Event
+from ruvjax.core.events import Event, Kind, replay
 from ruvjax.data.sources import Document
 from ruvjax.data.tokenize import Tokenizer
-from ruvjax.diffusion.sampler import Sampler, SamplerState, stream
+from ruvjax.decoding.autoregressive import Decoding, generate
+from ruvjax.diffusion.sampler import Sampler, stream
 from ruvjax.errors import InputError
 
 
@@ -34,7 +36,16 @@ class Drawn:
     tokens: np.ndarray
     events: tuple[Event, ...]
     steps: np.ndarray
-    nfe: np.ndarray
+
+
+def read_prompt(path: str) -> str:
+    """The text of a file. Raises InputError where it cannot be read or is no text."""
+    try:
+        return Path(path).expanduser().read_bytes().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"sample.file={path} cannot be read: {error.strerror or error}", "name a text file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"sample.file={path} is not UTF-8 text", "name a text file") from error
 
 
 def blank(tokenizer: Tokenizer, rows: int, length: int, document_start: bool) -> Canvas:
@@ -63,25 +74,69 @@ def _carry(canvas: Canvas, sampler: Sampler) -> Any:
     return np.concatenate([canvas.segments] * 2) if sampler.guidance else canvas.segments
 
 
-def steps(
-    loaded: Loaded, sampler: Sampler, canvas: Canvas, key: jax.Array
-) -> Iterator[tuple[SamplerState, list[Event]]]:
-    """The state after each step of denoising `canvas`, and the events of the step."""
+def steps(loaded: Loaded, sampler: Sampler | Decoding, canvas: Canvas, key: jax.Array) -> Iterator[list[Event]]:
+    """The events of each step of filling `canvas`: by denoising, or from left to right for an autoregressive model."""
+    if isinstance(sampler, Decoding):
+        yield from left_to_right(loaded, sampler, canvas, key)
+        return
     carry, mask_id = _carry(canvas, sampler), loaded.tokenizer.mask_id
-    return stream(sampler, loaded.forward, loaded.params, canvas.tokens, key, mask_id=mask_id, carry=carry)  # pyright: ignore[reportArgumentType]
+    for _, events in stream(
+        sampler,
+        loaded.forward,
+        loaded.params,
+        canvas.tokens,  # pyright: ignore[reportArgumentType]
+        key,
+        mask_id=mask_id,
+        carry=carry,
+    ):
+        yield events
 
 
-def draw_with_events(loaded: Loaded, sampler: Sampler, canvas: Canvas, key: jax.Array) -> Drawn:
-    """Denoise `canvas`, keeping the events of every step."""
-    events: list[Event] = []
-    state = None
-    for after, happened in steps(loaded, sampler, canvas, key):
-        state = after
-        events += happened
-    zeros = np.zeros(len(canvas.tokens), np.int32)
-    if state is None:
-        return Drawn(canvas, canvas.tokens, (), zeros, zeros)
-    return Drawn(canvas, np.asarray(state.tokens), tuple(events), np.asarray(state.step), np.asarray(state.nfe))
+_generate = jax.jit(generate, static_argnames=("settings", "forward", "start", "start_id", "suppressed"))
+
+
+def left_to_right(loaded: Loaded, settings: Decoding, canvas: Canvas, key: jax.Array) -> Iterator[list[Event]]:
+    """The events of filling `canvas` from left to right: one step for each position that is free in any row. A gap is
+    filled without a look at what follows it. The whole is computed before the first step is told."""
+    tokenizer = loaded.tokenizer
+    free = canvas.tokens == tokenizer.mask_id
+    if not free.any():
+        return
+    positions = np.flatnonzero(free.any(axis=0))
+    found = _generate(
+        settings,
+        loaded.forward,
+        loaded.params,
+        canvas.tokens,
+        free,
+        key,
+        start=int(positions[0]),
+        start_id=tokenizer.eos_id,
+        carry=loaded.empty_cache(len(free)) if settings.cache else None,
+        suppressed=(tokenizer.mask_id, tokenizer.pad_id),
+    )
+    tokens, probability = jax.device_get((found.tokens, found.probability))
+    for step, position in enumerate(positions):
+        yield [
+            Event(
+                int(row),
+                int(position),
+                Kind.COMMIT,
+                int(tokens[row, position]),
+                float(probability[row, position]),
+                step,
+            )
+            for row in np.flatnonzero(free[:, position])
+        ]
+
+
+def draw_with_events(loaded: Loaded, sampler: Sampler | Decoding, canvas: Canvas, key: jax.Array) -> Drawn:
+    """Fill `canvas`, keeping the events of every step."""
+    events = [event for happened in steps(loaded, sampler, canvas, key) for event in happened]
+    count = np.zeros(len(canvas.tokens), np.int32)
+    for event in events:
+        count[event.row] = max(count[event.row], event.step + 1)
+    return Drawn(canvas, replay(canvas.tokens, events, loaded.tokenizer.mask_id), tuple(events), count)
 
 
 def gaps(documents: Sequence[Document], tokenizer: Tokenizer, settings: Samples) -> list[tuple[np.ndarray, int, int]]:

@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments import scoring, wiring
+from experiments import puzzles, repair, scoring, wiring
+from experiments.puzzle_settings import PuzzleEvaluate
+from experiments.repair_settings import RepairEvaluate
 from experiments.runner import main
 from experiments.settings import Evaluate, Launch
 from experiments.terminal import note
@@ -20,8 +22,19 @@ from ruvjax.training.provenance import collect_provenance
 from ruvjax.training.runfolder import RunFolder
 
 
-def run(job: Evaluate, launch: Launch) -> Path:
-    """Evaluate a model, certify the mathematics, or both; returns the path of summary.json."""
+def run(job: Evaluate | PuzzleEvaluate | RepairEvaluate, launch: Launch) -> Path:
+    """Score a model of any kind; returns the path of summary.json."""
+    match job:
+        case PuzzleEvaluate():
+            return puzzles.evaluate(job, launch)
+        case RepairEvaluate():
+            return repair.evaluate(job, launch)
+        case Evaluate():
+            return evaluate_text(job, launch)
+
+
+def evaluate_text(job: Evaluate, launch: Launch) -> Path:
+    """Evaluate a language model, certify the mathematics, or both."""
     started = time.monotonic()
     wiring.check_kernels(job.kernels.attention_impl)
     wiring.start_backend(job.backend)
@@ -60,8 +73,8 @@ def read_texts(job: Evaluate, loaded: wiring.Loaded) -> tuple[dict[str, list[Doc
     length = job.length or loaded.length
     if not length:
         raise ConfigError("the model does not say how long its rows were", "set length=<tokens>")
-    if length > loaded.model.max_length:
-        context = loaded.model.max_length
+    context = loaded.context
+    if length > context:
         raise InputError(f"length={length} is longer than the model's context of {context}", "lower length")
     splits = job.data.splits()
     if not splits[job.split]:
@@ -78,7 +91,9 @@ def score_model(
     simple = measure_baselines(train, test, loaded.tokenizer)
     note(str(simple))
     ours = found.bits_per_byte
-    note(f"{job.split} split: {ours.mean:.3f} bits per byte, 95% interval {ours.low:.3f} to {ours.high:.3f} (a bound)")
+    note(
+        f"{job.split} split: {ours.mean:.3f} bits per byte, 95% interval {ours.low:.3f} to {ours.high:.3f}{'' if found.exact else ' (a bound)'}"
+    )
     return found.metrics() | scoring.baseline_metrics(simple, ours.high), scoring.compared(found, simple)
 
 

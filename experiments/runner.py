@@ -5,6 +5,8 @@ A failure is one line with a hint on stderr; `debug=true` adds the traceback. Th
 summary.json.
 """
 
+import contextlib
+import json
 import os
 import re
 import signal
@@ -22,11 +24,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.build import build
 from experiments.complaints import CONFIGS, explain
-from experiments.settings import Launch
+from experiments.settings import EXPORT, Launch
 from ruvjax.errors import ConfigError
 
 Verb = Callable[[Any, Launch], Path]
 PROMPT = "sample.prompt="
+# The configurations of the verbs that take a model.path, by the model_type that its config.json names.
+BY_MODEL = {"tiny_recursive": "puzzle", "code_repair": "repair"}
 
 
 class Terminated(BaseException):
@@ -34,14 +38,18 @@ class Terminated(BaseException):
 
 
 def main(name: str, verb: Verb, arguments: Sequence[str] | None = None) -> int:
-    """Run `verb` on the job that `configs/<name>.yaml` and the command line describe; returns the exit code."""
+    """Run `verb` on the job that `configs/<name>.yaml` and the command line describe; returns the exit code.
+
+    Where the command line names a trained model of another kind than a language model, its own configuration of the
+    verb takes the place of that file: `configs/<name>_puzzle.yaml`, `configs/<name>_repair.yaml`.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "debug=true" in [argument.lower() for argument in arguments]
     arguments = [_quoted(argument) for argument in arguments]
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         _check_flags(arguments)
-        _call_hydra(name, verb, arguments)
+        _call_hydra(name, config_for(name, arguments), verb, arguments)
         return 0
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 0 if error.code is None else 2
@@ -49,6 +57,18 @@ def main(name: str, verb: Verb, arguments: Sequence[str] | None = None) -> int:
         return _report(error, name, arguments, debug)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def config_for(name: str, arguments: Sequence[str]) -> str:
+    """The configuration of the verb `name` for the model that `model.path=` names among the arguments."""
+    paths = [argument.removeprefix("model.path=") for argument in arguments if argument.startswith("model.path=")]
+    if paths:
+        folder = Path(paths[-1].strip("'\"")).expanduser()
+        for path in (folder / EXPORT / "config.json", folder / "config.json"):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # what is wrong with it, the verb will say
+                kind = BY_MODEL.get(json.loads(path.read_bytes()).get("model_type"))
+                return f"{name}_{kind}" if kind else name
+    return name
 
 
 def _report(error: BaseException, name: str, arguments: Sequence[str], debug: bool) -> int:
@@ -92,7 +112,7 @@ def _check_flags(arguments: Sequence[str]) -> None:
         refuse("--experimental-rerun reads a pickle")
 
 
-def _call_hydra(name: str, verb: Verb, arguments: Sequence[str]) -> None:
+def _call_hydra(name: str, config_name: str, verb: Verb, arguments: Sequence[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and leaving
     OmegaConf.register_new_resolver("or_here", lambda folder: folder or ".", replace=True)
     root = str(CONFIGS.parent)
@@ -114,7 +134,7 @@ def _call_hydra(name: str, verb: Verb, arguments: Sequence[str]) -> None:
     saved = sys.argv
     sys.argv = [f"experiments.{name}", *arguments]
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
     finally:
         sys.argv = saved
     if failures:

@@ -15,15 +15,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import drawing, wiring
+from experiments import drawing, puzzles, repair, wiring
 from experiments.animate import animate
 from experiments.drawing import Canvas
+from experiments.puzzle_settings import PuzzleSample
+from experiments.repair_settings import RepairSample
 from experiments.runner import main
 from experiments.settings import Drawing, Launch, Sample
 from experiments.terminal import note
 from experiments.wiring import Loaded
 from ruvjax.core import allocator
 from ruvjax.core.events import Event, replay
+from ruvjax.decoding.autoregressive import Decoding
 from ruvjax.errors import InputError
 from ruvjax.training import report
 from ruvjax.training.provenance import collect_provenance
@@ -33,8 +36,19 @@ FORMAT = 1
 CONTINUATION = 96  # tokens after the prompt, where sample.length does not say
 
 
-def run(job: Sample, launch: Launch) -> Path:
-    """Draw `sample.count` texts; returns the path of summary.json."""
+def run(job: Sample | PuzzleSample | RepairSample, launch: Launch) -> Path:
+    """Show what a model of any kind makes of a prompt; returns the path of summary.json."""
+    match job:
+        case PuzzleSample():
+            return puzzles.sample(job, launch)
+        case RepairSample():
+            return repair.sample(job, launch)
+        case Sample():
+            return sample_text(job, launch)
+
+
+def sample_text(job: Sample, launch: Launch) -> Path:
+    """Draw `sample.count` texts."""
     started = time.monotonic()
     wiring.check_kernels(job.kernels.attention_impl)
     wiring.start_backend(job.backend)
@@ -66,8 +80,8 @@ def run(job: Sample, launch: Launch) -> Path:
 
 def canvas_of(settings: Drawing, loaded: Loaded) -> Canvas:
     """The rows to denoise. Raises InputError for a prompt that cannot be read or does not fit the model's context."""
-    tokenizer, context = loaded.tokenizer, loaded.model.max_length
-    prompt = read_prompt(settings.file) if settings.file else settings.prompt
+    tokenizer, context = loaded.tokenizer, loaded.context
+    prompt = drawing.read_prompt(settings.file) if settings.file else settings.prompt
     mask = np.full(settings.gap, tokenizer.mask_id, np.int32)
     parts = [tokenizer.encode(part) for part in prompt.split(settings.mark)]
     row = np.concatenate([piece for part in parts for piece in (mask, part)][1:])
@@ -84,15 +98,6 @@ def canvas_of(settings: Drawing, loaded: Loaded) -> Canvas:
     elif settings.length:
         raise InputError("sample.length has no meaning for a text with marks", "set sample.gap, the tokens per mark")
     return Canvas(np.tile(row, (settings.count, 1)))
-
-
-def read_prompt(path: str) -> str:
-    try:
-        return Path(path).expanduser().read_bytes().decode("utf-8")
-    except OSError as error:
-        raise InputError(f"sample.file={path} cannot be read: {error.strerror or error}", "name a text file") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"sample.file={path} is not UTF-8 text", "name a text file") from error
 
 
 def draw(job: Sample, loaded: Loaded, sampler: Any, canvas: Canvas, write: Callable[[dict], None]) -> list[Event]:
@@ -112,19 +117,26 @@ def draw(job: Sample, loaded: Loaded, sampler: Any, canvas: Canvas, write: Calla
     events: list[Event] = []
 
     def happening() -> Iterator[Event]:
-        for _, happened in drawing.steps(loaded, sampler, canvas, jax.random.key(job.seed)):
+        for happened in drawing.steps(loaded, sampler, canvas, jax.random.key(job.seed)):
             for event in happened:
                 write(event.to_json())
                 events.append(event)
                 yield event
 
-    counted = sampler.order == "first_hitting" or sampler.threshold or sampler.factor or sampler.tokens_per_step
-    most = max(sampler.steps, int(np.sum(canvas.tokens[0] == mask_id))) if counted else sampler.steps
+    most = _most_steps(sampler, int(np.sum(canvas.tokens[0] == mask_id)))
     if job.sample.animate:
         animate(canvas.tokens[0].tolist(), happening(), decode, mask_id, steps=most, delay=job.sample.delay)
     for _ in happening() if not job.sample.animate else ():
         pass
     return events
+
+
+def _most_steps(sampler: Any, masks: int) -> int:
+    """How many steps the animation has to expect."""
+    if isinstance(sampler, Decoding):
+        return masks
+    counted = sampler.order == "first_hitting" or sampler.threshold or sampler.factor or sampler.tokens_per_step
+    return max(sampler.steps, masks) if counted else sampler.steps
 
 
 @contextlib.contextmanager

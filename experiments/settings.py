@@ -15,14 +15,20 @@ from ruvjax.core.sharding import MeshConfig
 from ruvjax.data.pipeline import Pipeline
 from ruvjax.data.sources import HubSource, StdlibSource, TextSource
 from ruvjax.data.tokenize import TokenizerConfig
+from ruvjax.decoding.autoregressive import Decoding
+from ruvjax.decoding.likelihood import NextToken
 from ruvjax.diffusion.loss import DiffusionLoss
 from ruvjax.diffusion.sampler import Sampler
 from ruvjax.errors import BackendError, ConfigError
+from ruvjax.models.mamba import Mamba
+from ruvjax.models.mamba2 import Mamba2
 from ruvjax.models.transformer import Transformer
 from ruvjax.training.loop import TrainerConfig
 from ruvjax.training.optimizer import OptimizerConfig
 from ruvjax.training.runfolder import RunFolder, open_run
 from ruvjax.training.trackers import TRACKERS
+
+EXPORT = "model"  # the folder of a run that holds its exported model
 
 
 def _at_least(owner: str, config: Any, **limits: int) -> None:
@@ -92,6 +98,11 @@ class Samples:
             raise ConfigError(f"samples.gap={self.gap} must lie between 0 and 1")
 
 
+def block_size(objective: DiffusionLoss | NextToken) -> int:
+    """The tokens of a block where the objective is the block NELBO, else 0."""
+    return objective.block_size if isinstance(objective, DiffusionLoss) and objective.kind == "block" else 0
+
+
 @dataclass(frozen=True)
 class Train:
     """`python -m experiments.train`."""
@@ -100,12 +111,12 @@ class Train:
     data: StdlibSource | TextSource | HubSource
     tokenizer: TokenizerConfig
     pipeline: Pipeline
-    model: Transformer
-    objective: DiffusionLoss
+    model: Transformer | Mamba | Mamba2
+    objective: DiffusionLoss | NextToken
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     evaluation: Evaluation
-    sampler: Sampler
+    sampler: Sampler | Decoding
     samples: Samples
     kernels: Kernels
     mesh: MeshConfig
@@ -115,19 +126,21 @@ class Train:
     debug: bool = False
 
     def __post_init__(self):
-        if self.pipeline.length > self.model.max_length:
-            raise ConfigError(
-                f"pipeline.length={self.pipeline.length} is longer than model.max_length={self.model.max_length}",
-                "lower pipeline.length or raise model.max_length",
-            )
-        if self.samples.length > self.model.max_length:
-            raise ConfigError(
-                f"samples.length={self.samples.length} is longer than model.max_length={self.model.max_length}",
-                "lower samples.length",
-            )
-        if self.objective.kind == "block" and self.pipeline.length % self.objective.block_size:
-            size = self.objective.block_size
+        if isinstance(self.model, Transformer):
+            for name, length in (("pipeline.length", self.pipeline.length), ("samples.length", self.samples.length)):
+                if length > self.model.max_length:
+                    raise ConfigError(
+                        f"{name}={length} is longer than model.max_length={self.model.max_length}",
+                        f"lower {name} or raise model.max_length",
+                    )
+        size = block_size(self.objective)
+        if size and self.pipeline.length % size:
             raise ConfigError(f"pipeline.length={self.pipeline.length} is no multiple of objective.block_size={size}")
+        if isinstance(self.objective, NextToken) != isinstance(self.sampler, Decoding):
+            raise ConfigError(
+                "objective and sampler do not go together",
+                "objective=next_token with sampler=left_to_right; every other objective with every other sampler",
+            )
         if self.pipeline.batch % self.trainer.accumulation:
             parts = self.trainer.accumulation
             raise ConfigError(f"pipeline.batch={self.pipeline.batch} does not divide by trainer.accumulation={parts}")
@@ -197,7 +210,7 @@ class Sample:
     run: Run
     model: ModelPath
     sample: Drawing
-    sampler: Sampler
+    sampler: Sampler | Decoding
     kernels: Kernels
     backend: str = "auto"
     seed: int = 0

@@ -15,6 +15,9 @@ from experiments.wiring import Loaded, finish_sampler
 from ruvjax.data.baselines import Baselines
 from ruvjax.data.pipeline import Corpus
 from ruvjax.data.tokenize import Tokenizer
+from ruvjax.decoding.likelihood import NextToken
+from ruvjax.diffusion.loss import DiffusionLoss
+from ruvjax.diffusion.schedule import Schedule
 from ruvjax.training import report
 from ruvjax.training.runfolder import RunFolder, read_metrics
 
@@ -56,6 +59,8 @@ def draw_samples(job: Train, loaded: Loaded, corpus: Corpus, note: Callable[[str
         canvas = drawing.blank(tokenizer, settings.generated, settings.length, start)
         drawn = drawing.draw_with_events(loaded, sampler, canvas, generate_key)
         generated = _judge_generated(drawn, tokenizer, settings.shown, python)
+    if loaded.autoregressive:  # it cannot see what follows a gap
+        return Shown(generated, infilled)
     found = drawing.gaps(corpus.documents["test"], tokenizer, settings)
     if found:
         rows = [np.where(_within(row, start, stop), tokenizer.mask_id, row) for row, start, stop in found]
@@ -119,15 +124,14 @@ def write_run_report(
     provenance: Mapping[str, Any],
 ) -> None:
     """report.html of a training run."""
-    times = np.linspace(0.0, 1.0, 101)
-    alpha = np.asarray(job.objective.schedule.alpha(jax.numpy.asarray(times, "float32")))
+    autoregressive = isinstance(job.objective, NextToken)
     data = report.ReportData(
         title=f"{folder.name}: {folder.path.name}",
-        subtitle="a masked diffusion language model",
+        subtitle="an autoregressive language model" if autoregressive else "a masked diffusion language model",
         numbers=_numbers(metrics),
         comparison=compared(held_out, baselines),
         metrics=read_metrics(folder.metrics),
-        schedule={"t": times.tolist(), "alpha": alpha.tolist()},
+        schedule=_schedule(job.objective.schedule) if isinstance(job.objective, DiffusionLoss) else {},
         denoising=samples.generated.denoising + samples.infilled.denoising,
         samples=samples.generated.shown + samples.infilled.shown,
         notes=_notes(held_out),
@@ -137,11 +141,18 @@ def write_run_report(
     report.write_report(folder.report, data)
 
 
+def _schedule(schedule: Schedule) -> dict[str, list[float]]:
+    times = np.linspace(0.0, 1.0, 101)
+    alpha = np.asarray(schedule.alpha(jax.numpy.asarray(times, "float32")))
+    return {"t": times.tolist(), "alpha": alpha.tolist()}
+
+
 def _notes(held_out: HeldOut) -> tuple[str, ...]:
+    kind = "exact" if held_out.exact else "a bound (NELBO)"
+    drawn = "" if held_out.exact else "; the interval is 95 % over the corruptions drawn, for this very text"
     return (
-        f"Bits per byte are a bound (NELBO) over {held_out.rows} rows of the test split; the interval is 95 % over the "
-        f"corruptions drawn, for this very text. Over {held_out.over}, for text of this kind, it is "
-        f"{held_out.documents.low:.3f} to {held_out.documents.high:.3f}.",
+        f"Bits per byte are {kind} over {held_out.rows} rows of the test split{drawn}. Over {held_out.over}, for text of "
+        f"this kind, the 95 % interval is {held_out.documents.low:.3f} to {held_out.documents.high:.3f}.",
         "Much of the gain over the byte models is the tokenizer's: compare with the token models.",
         "A text counts as parsing when ast.parse takes it and it holds a statement; "
         "one that is cut at the last token is judged without its last line.",

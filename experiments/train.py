@@ -1,14 +1,16 @@
-"""Train, evaluate, export and sample a masked diffusion language model: `python -m experiments.train`."""
+"""Train, evaluate, export and sample a model: `python -m experiments.train`. Text is trained here, the other tasks next door."""
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from experiments import scoring, wiring
+from experiments import puzzles, repair, scoring, wiring
+from experiments.fitting import fit_state
+from experiments.puzzle_settings import PuzzleTrain
+from experiments.repair_settings import RepairTrain
 from experiments.runner import main
 from experiments.settings import Launch, Train
 from experiments.showing import draw_samples, write_run_report
@@ -18,17 +20,25 @@ from ruvjax.core import allocator
 from ruvjax.core.params import count
 from ruvjax.data.baselines import Baselines, measure_baselines
 from ruvjax.data.pipeline import Corpus, load_corpus
-from ruvjax.training.checkpoint import saved_steps
-from ruvjax.training.loop import Fit, fit
-from ruvjax.training.progress import show_progress
+from ruvjax.training.loop import Fit
 from ruvjax.training.provenance import collect_provenance
 from ruvjax.training.runfolder import RunFolder
 from ruvjax.training.state import TrainState, params_sha256
-from ruvjax.training.trackers import open_trackers
 
 
-def run(job: Train, launch: Launch) -> Path:
+def run(job: Train | PuzzleTrain | RepairTrain, launch: Launch) -> Path:
     """The whole of a training run; returns the path of its summary.json."""
+    match job:
+        case PuzzleTrain():
+            return puzzles.train(job, launch)
+        case RepairTrain():
+            return repair.train(job, launch)
+        case Train():
+            return train_text(job, launch)
+
+
+def train_text(job: Train, launch: Launch) -> Path:
+    """Train a language model, score it on the held-out text and let it write some."""
     started = time.monotonic()
     wiring.check_kernels(job.kernels.attention_impl)
     wiring.start_backend(job.backend, job.distributed)
@@ -77,12 +87,6 @@ def run_trainer(
     note(f"model: {count(model):,} parameters")
     state, step = wiring.training_parts(job, model, corpus.tokenizer, mesh)
     batches = job.pipeline.batches(corpus.train, jax.process_index(), jax.process_count())
-    shared = Path(job.run.dir).absolute() if job.run.dir and jax.process_count() > 1 else folder.path
-    steps = saved_steps(shared)
-    first = steps[-1] if steps and job.trainer.resume == "auto" else 0
-    if first:
-        folder.truncate(first)
-        note(f"resuming after step {first}")
 
     def evaluate(state: TrainState) -> dict[str, float]:
         settings = job.evaluation
@@ -90,39 +94,21 @@ def run_trainer(
         found = scoring.held_out(loaded, corpus.valid, settings, job.seed, settings.valid_rows, settings.valid_samples)
         return {"eval_loss": found.nats_per_token, "eval_bits_per_byte": found.bits_per_byte.mean}
 
-    tracker = open_trackers(job.run.trackers, folder.path, "ruvjax", folder.path.name, launch.config)
     tokens_per_step = job.pipeline.batch * job.pipeline.length
-    try:
-        with show_progress(job.trainer.steps, tokens_per_step, first) as display:
-            fitted = fit(
-                state,
-                step,
-                batches,
-                config=job.trainer,
-                run_dir=shared,
-                on_log=logger(folder, display, tracker),
-                evaluate=evaluate,
-                sharding=wiring.batch_layout(mesh),
-                elapsed=time.monotonic() - started,
-            )
-    finally:
-        tracker.close()
+    fitted = fit_state(
+        job.run,
+        job.trainer,
+        launch,
+        folder,
+        state,
+        step,
+        batches,
+        evaluate,
+        tokens_per_step=tokens_per_step,
+        mesh=mesh,
+        started=started,
+    )
     return fitted, wiring.usable(job, model, wiring.gathered(fitted.state.average), corpus.tokenizer)
-
-
-def logger(folder: RunFolder, display: Any, tracker: Any) -> Callable[[dict[str, Any]], None]:
-    """What the loop reports to: metrics.jsonl, the terminal, the trackers."""
-
-    def log(record: dict[str, Any]) -> None:
-        folder.log(record)
-        tracker.log(record["step"], record)
-        if record["kind"] == "train":
-            display.log(record["step"], record)
-        else:
-            values = ", ".join(f"{name} {value:.4f}" for name, value in record.items() if isinstance(value, float))
-            display.note(f"step {record['step']}: {values}")
-
-    return log
 
 
 def baselines_of(corpus: Corpus) -> Baselines:

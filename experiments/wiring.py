@@ -14,24 +14,29 @@ import jax
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
-from experiments.settings import ModelPath, Train
+from experiments.settings import EXPORT, ModelPath, Train, block_size
 from kernels_pallas.attention import Mask as AttentionMask
 from ruvjax.core.backend import devices, initialise_distributed, require
 from ruvjax.core.model import Output
 from ruvjax.core.params import init, shardings
 from ruvjax.core.sharding import RULES, MeshConfig, batch_sharding, make_mesh
 from ruvjax.data.tokenize import Tokenizer, load_tokenizer
+from ruvjax.decoding import likelihood as left
+from ruvjax.decoding.autoregressive import Decoding
+from ruvjax.decoding.likelihood import NextToken
 from ruvjax.diffusion.loss import Encode, Project, objective
 from ruvjax.diffusion.sampler import Forward, Sampler
 from ruvjax.diffusion.schedule import Schedule
 from ruvjax.errors import BackendError, ConfigError, InputError
 from ruvjax.io.huggingface import load_model, save_model
+from ruvjax.models.mamba import Mamba
+from ruvjax.models.mamba2 import Mamba2
 from ruvjax.models.transformer import Transformer
 from ruvjax.training.optimizer import build_optimizer, learning_rate
 from ruvjax.training.state import TrainState, init_state
 from ruvjax.training.step import Step, make_step
 
-EXPORT = "model"  # the folder of a run that holds its exported model
+LanguageModel = Transformer | Mamba | Mamba2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,20 +44,32 @@ class Loaded:
     """A model that can be used: hyper-parameters, parameters, tokenizer and how it was trained.
 
     block_size is that of the block objective, 0 for every other; schedule tells the time of a mask share; length is
-    that of the rows it was trained on, 0 where nobody says.
+    that of the rows it was trained on, 0 where nobody says. autoregressive: it looks only to the left.
     """
 
-    model: Transformer
+    model: LanguageModel
     params: Any
     tokenizer: Tokenizer
     schedule: Schedule = Schedule()
     block_size: int = 0
     length: int = 0
     attention: str | None = None
+    autoregressive: bool = False
 
     @property
     def forward(self) -> Forward:
+        if self.autoregressive:
+            return forward_left_of(self.model, self.attention)
         return forward_of(self.model, self.attention, self.block_size)
+
+    @property
+    def context(self) -> int:
+        """The longest row the model takes; Mamba's state has no end, so there it is what fits an int32."""
+        return self.model.max_length if isinstance(self.model, Transformer) else 2**31 - 1
+
+    def empty_cache(self, rows: int) -> Any:
+        """The state before the first token of `rows` rows, None for a model that has to read everything again."""
+        return None if isinstance(self.model, Transformer) else self.model.empty_cache(rows)
 
 
 def start_backend(name: str, distributed: Any = None) -> None:
@@ -68,35 +85,69 @@ def start_backend(name: str, distributed: Any = None) -> None:
 
 
 @functools.cache
-def forward_of(model: Transformer, attention: str | None = None, block_size: int = 0) -> Forward:
+def forward_of(model: LanguageModel, attention: str | None = None, block_size: int = 0) -> Forward:
     """`(params, tokens, time, carry) -> (Output, carry)`; `carry` is the segments of each row, or None without padding.
 
     One object per model and settings, because jitted samplers hold it as a static argument.
     """
 
     def forward(params: Any, tokens: jax.Array, time: jax.Array, carry: Any) -> tuple[Output, Any]:
+        if not isinstance(model, Transformer):
+            return model.apply(params, tokens, segments=carry), carry
         mask = AttentionMask(segments=carry, block=block_size)
         return model.apply(params, tokens, mask=mask, time=time, impl=attention), carry
 
     return forward
 
 
-def encode_of(model: Transformer, attention: str | None = None) -> Encode:
+@functools.cache
+def forward_left_of(model: LanguageModel, attention: str | None = None) -> Forward:
+    """`(params, tokens, time, carry) -> (Output, carry)` from left to right; a negative token is padding.
+
+    `carry` is the model's state, or None to start from nothing (the only way of a transformer).
+    """
+
+    def forward(params: Any, tokens: jax.Array, time: Any, carry: Any) -> tuple[Output, Any]:
+        segments, tokens = (tokens >= 0).astype("int32"), tokens.clip(0)
+        if not isinstance(model, Transformer):
+            output = model.apply(params, tokens, segments=segments, cache=carry)
+            return output, None if carry is None else output.aux["cache"]
+        mask = AttentionMask(segments=segments, causal=True)
+        return model.apply(params, tokens, mask=mask, impl=attention), carry
+
+    return forward
+
+
+def encode_left_of(model: LanguageModel, attention: str | None = None) -> left.Encode:
+    """`(params, inputs, segments) -> hidden`, causal, for the autoregressive loss."""
+
+    def encode(params, inputs, segments):
+        if not isinstance(model, Transformer):
+            return model.apply(params, inputs, segments=segments, logits=False).hidden
+        mask = AttentionMask(segments=segments, causal=True)
+        return model.apply(params, inputs, mask=mask, logits=False, impl=attention).hidden
+
+    return encode
+
+
+def encode_of(model: LanguageModel, attention: str | None = None) -> Encode:
     """`(params, tokens, time, mask, positions) -> hidden`, for the training losses."""
 
     def encode(params, tokens, time, mask, positions):
+        if not isinstance(model, Transformer):
+            return model.apply(params, tokens, segments=None if mask is None else mask.segments, logits=False).hidden
         output = model.apply(params, tokens, mask=mask, positions=positions, time=time, logits=False, impl=attention)
         return output.hidden
 
     return encode
 
 
-def project_of(model: Transformer) -> Project:
+def project_of(model: LanguageModel) -> Project:
     """`(params, hidden) -> logits`, for the training losses."""
     return lambda params, hidden: model.head(params, hidden)
 
 
-def fit_vocabulary(model: Transformer, tokenizer: Tokenizer, note: Callable[[str], None]) -> Transformer:
+def fit_vocabulary(model: LanguageModel, tokenizer: Tokenizer, note: Callable[[str], None]) -> LanguageModel:
     """`model` with the vocabulary of a tokenizer that was just trained; says so where that changes its size."""
     if model.vocab_size != tokenizer.vocab_size:
         note(f"model.vocab_size {model.vocab_size} becomes {tokenizer.vocab_size}, the size of the trained tokenizer")
@@ -118,20 +169,22 @@ def mesh_of(config: MeshConfig, batch: int) -> Mesh | None:
     return mesh if mesh.size > 1 else None
 
 
-def training_parts(job: Train, model: Transformer, tokenizer: Tokenizer, mesh: Mesh | None) -> tuple[TrainState, Step]:
+def training_parts(
+    job: Train, model: LanguageModel, tokenizer: Tokenizer, mesh: Mesh | None
+) -> tuple[TrainState, Step]:
     """The state before the first step and the step itself. Parameters depend on `job.seed` and on nothing else."""
     optimizer = build_optimizer(job.optimizer, model.spec())
     params_key, run_key = jax.random.split(jax.random.key(job.seed))
     layout = shardings(model, mesh, dict(RULES)) if mesh is not None else None
     params = jax.jit(partial(init, model), out_shardings=layout)(params_key)
     state = init_state(params, optimizer, run_key, ema=job.optimizer.ema > 0)
-    loss = objective(
-        job.objective,
-        encode_of(model, job.kernels.attention_impl),
-        project_of(model),
-        mask_id=tokenizer.mask_id,
-        batch_size=job.pipeline.batch,
-    )
+    attention, project = job.kernels.attention_impl, project_of(model)
+    if isinstance(job.objective, NextToken):
+        encode = encode_left_of(model, attention)
+        loss = left.objective(job.objective, encode, project, start_id=tokenizer.eos_id, mask_id=tokenizer.mask_id)
+    else:
+        ids = {"mask_id": tokenizer.mask_id, "batch_size": job.pipeline.batch}
+        loss = objective(job.objective, encode_of(model, attention), project, **ids)
     rate = partial(learning_rate, job.optimizer)
     return state, make_step(loss, optimizer, rate, ema=job.optimizer.ema, accumulation=job.trainer.accumulation)
 
@@ -141,11 +194,12 @@ def gathered(params: Any) -> Any:
     return params if jax.process_count() == 1 else process_allgather(params, tiled=True)
 
 
-def usable(job: Train, model: Transformer, params: Any, tokenizer: Tokenizer) -> Loaded:
+def usable(job: Train, model: LanguageModel, params: Any, tokenizer: Tokenizer) -> Loaded:
     """The model of a training job with the (gathered) parameters it has now."""
-    block = job.objective.block_size if job.objective.kind == "block" else 0
-    attention = job.kernels.attention_impl
-    return Loaded(model, params, tokenizer, job.objective.schedule, block, job.pipeline.length, attention)
+    attention, length = job.kernels.attention_impl, job.pipeline.length
+    if isinstance(job.objective, NextToken):
+        return Loaded(model, params, tokenizer, length=length, attention=attention, autoregressive=True)
+    return Loaded(model, params, tokenizer, job.objective.schedule, block_size(job.objective), length, attention)
 
 
 def batch_layout(mesh: Mesh | None):
@@ -161,8 +215,20 @@ def block_sampler(sampler: Sampler, block_size: int, note: Callable[[str], None]
     return dataclasses.replace(sampler, block_size=block_size, block_origin="canvas")
 
 
-def finish_sampler(sampler: Sampler, loaded: Loaded, note: Callable[[str], None]) -> Sampler:
-    """`sampler` with what only the model knows: its blocks, and its end and padding tokens where they are asked for."""
+def finish_sampler(sampler: Sampler | Decoding, loaded: Loaded, note: Callable[[str], None]) -> Sampler | Decoding:
+    """`sampler` with what only the model knows: its blocks, and its end and padding tokens where they are asked for.
+
+    Raises ConfigError where a model that looks only to the left is to be denoised, or the other way round.
+    """
+    if isinstance(sampler, Decoding) != loaded.autoregressive:
+        kind, right = (
+            ("an autoregressive", "sampler=left_to_right")
+            if loaded.autoregressive
+            else ("a diffusion", "sampler=confidence")
+        )
+        raise ConfigError(f"this is {kind} model", f"sample it with {right}")
+    if isinstance(sampler, Decoding):
+        return sampler
     sampler = block_sampler(sampler, loaded.block_size, note)
     if sampler.eos_handling != "none" and sampler.eos_id < 0:
         tokenizer = loaded.tokenizer
@@ -174,8 +240,11 @@ def export(folder: Path, loaded: Loaded) -> Path:
     """Write the model as safetensors, config.json and tokenizer.json; `load` and `RuvDLLM.load` read it."""
     tokenizer = loaded.tokenizer
     saved = tokenizer.save(folder.parent / "tokenizer")
-    schedule = dataclasses.asdict(loaded.schedule)
-    diffusion = {"schedule": schedule, "block_size": loaded.block_size, "length": loaded.length}
+    if loaded.autoregressive:
+        diffusion: dict[str, Any] = {"length": loaded.length, "autoregressive": True}
+    else:
+        schedule = dataclasses.asdict(loaded.schedule)
+        diffusion = {"schedule": schedule, "block_size": loaded.block_size, "length": loaded.length}
     return save_model(
         folder,
         loaded.model,
@@ -210,7 +279,8 @@ def load(path: ModelPath, attention: str | None = None) -> Loaded:
         block, length = int(settings.get("block_size", 0)), int(settings.get("length", 0))
     except (TypeError, ValueError, ConfigError) as error:
         raise InputError(f"{folder}/config.json: bad diffusion settings: {error}", "export the model again") from error
-    return Loaded(model, params, tokenizer, schedule, block, length, attention)
+    autoregressive = settings.get("autoregressive") is True
+    return Loaded(model, params, tokenizer, schedule, block, length, attention, autoregressive)
 
 
 def check_kernels(attention: str | None) -> None:

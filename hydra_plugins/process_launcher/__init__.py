@@ -28,7 +28,7 @@ class ProcessLauncher(Launcher):
         hydra = self.config.hydra
         dotted: Any = OmegaConf.select
         sweep = Sweep(
-            verb=hydra.job.config_name,
+            verb=hydra.job.config_name.partition("_")[0],  # evaluate_puzzle is a configuration of evaluate
             folder=hydra.sweep.dir,
             jobs=self.jobs,
             fail_fast=self.fail_fast,

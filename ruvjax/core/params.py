@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,18 +12,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ruvjax.errors import ConfigError
 
+Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
 
 @dataclass(frozen=True)
 class ParamSpec:
     """One weight: its shape, dtype, the logical name of each axis, and how it is initialised.
 
     `init` is "normal" (standard deviation `scale`), "fan_in" (normal, `scale / sqrt(fan_in)`, truncated at 3 sigma; the
-    fan-in is the product of all axes but the last, less the stacked "layers" axis), "zeros" or "ones".
+    fan-in is the product of all axes but the last, less the stacked "layers" axis), "zeros" or "ones"; or a function
+    of a key and a shape.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    init: str = "fan_in"
+    init: str | Initializer = "fan_in"
     scale: float = 1.0
     dtype: str = "float32"
 
@@ -35,6 +39,8 @@ class ParamSpec:
 
     def draw(self, key: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.dtype)
+        if not isinstance(self.init, str):
+            return self.init(key, self.shape).astype(dtype)
         if self.init == "zeros":
             return jnp.zeros(self.shape, dtype)
         if self.init == "ones":
@@ -51,7 +57,7 @@ class ParamSpec:
 def declare(
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
-    init: str = "fan_in",
+    init: str | Initializer = "fan_in",
     scale: float = 1.0,
     dtype: str = "float32",
 ) -> Any:

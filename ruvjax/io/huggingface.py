@@ -1,7 +1,7 @@
 """Model folders: model.safetensors (or shards with an index), config.json, tokenizer.json.
 
 `save_model` writes our own exports whole or not at all; `load_model` reads them and the published layouts of Llama,
-Qwen2 and Qwen3. Nothing is unpickled and no code from a checkpoint runs.
+Qwen2, Qwen3, Mamba and Mamba-2. Nothing is unpickled and no code from a checkpoint runs.
 """
 
 import json
@@ -23,8 +23,10 @@ from safetensors.numpy import save_file
 
 from ruvjax.core.params import ParamSpec
 from ruvjax.errors import InputError
-from ruvjax.io.layout import FORMAT_VERSION, MODEL_TYPE, PLACES, Place, own_config, read_transformer
-from ruvjax.models.transformer import Transformer, TransformerParams
+from ruvjax.io.layout import FORMAT_VERSION, Network, is_own, own_config, places, read_network
+from ruvjax.io.mamba_layout import refuse_other_version
+from ruvjax.io.place import Place
+from ruvjax.models.transformer import Transformer
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -57,10 +59,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return _read_json(path, "a model folder holds config.json and model.safetensors")
 
 
-def load_model(
-    folder: str | os.PathLike[str], dtype: str | None = None
-) -> tuple[Transformer, TransformerParams, ModelFiles]:
-    """Read a model folder.
+def load_model(folder: str | os.PathLike[str], dtype: str | None = None) -> tuple[Network, Any, ModelFiles]:
+    """Read a model folder: hyper-parameters of whichever family, its parameters, and what else lies there.
 
     Parameters keep the dtype they are stored in unless `dtype` names one; the compute dtype is what config.json names.
     Raises InputError, naming the file, where one is missing, truncated, malformed or does not fit config.json.
@@ -70,9 +70,11 @@ def load_model(
         raise InputError(f"{folder}: no such model folder", "give the folder that holds config.json")
     config = read_config(folder)
     source = str(folder / CONFIG)
-    model = read_transformer(config, source)
+    model = read_network(config, source)
     with ExitStack() as stack:
         shelf = _open_weights(folder, stack)
+        if not isinstance(model, Transformer):
+            refuse_other_version(model, shelf, str(folder))
         params, stored = _read_params(model, shelf, folder, dtype)
     diffusion = config.get("diffusion") or {}
     if not isinstance(diffusion, dict):
@@ -93,8 +95,8 @@ def load_model(
 
 def save_model(
     folder: str | os.PathLike[str],
-    model: Transformer,
-    params: TransformerParams,
+    model: Network,
+    params: Any,
     tokenizer_file: str | os.PathLike[str] | None = None,
     *,
     mask_token_id: int | None = None,
@@ -145,7 +147,7 @@ def _read_json(path: Path, hint: str) -> dict[str, Any]:
     return value
 
 
-def _token(config: Mapping[str, Any], key: str, model: Transformer, source: str) -> int | None:
+def _token(config: Mapping[str, Any], key: str, model: Network, source: str) -> int | None:
     value = config.get(key)
     if isinstance(value, list) and value:
         value = value[0]  # several end-of-text ids: the first one ends a text
@@ -197,24 +199,28 @@ def _damaged(path: Path, error: Exception) -> InputError:
     return InputError(f"{path}: not a whole safetensors file ({reason})", "download or export it again")
 
 
-def _leaves(model: Transformer) -> Iterator[tuple[Place, ParamSpec, bool]]:
+def _leaves(model: Network) -> Iterator[tuple[Place, ParamSpec, bool]]:
     """The place, the declaration and whether it is stacked over layers, of every weight in pytree order."""
     flat, _ = jax.tree_util.tree_flatten_with_path(model.spec(), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
+    table = places(model)
     for path, spec in flat:
         name = jax.tree_util.keystr(path)
-        yield PLACES[name], spec, name.startswith(".layers.")
+        yield table[name], spec, name.startswith(".layers.")
 
 
-def _read_params(model: Transformer, shelf, folder: Path, dtype: str | None) -> tuple[TransformerParams, str]:
+def _read_params(model: Network, shelf, folder: Path, dtype: str | None) -> tuple[Any, str]:
     used: set[str] = set()
     stored: set[str] = set()
 
-    def read(name: str, shape: tuple[int, ...], matrix: bool) -> np.ndarray:
+    def read(place: Place, shape: tuple[int, ...], layer: int = 0) -> np.ndarray:
+        name = place.name.format(layer)
+        if name not in shelf and place.alias in shelf:
+            name = place.alias
         if name not in shelf:
             raise InputError(f"{folder}: the weights lack {name}", f"{CONFIG} describes a model that has it")
         path, opened = shelf[name]
         part = opened.get_slice(name)
-        wanted = list(shape[::-1] if matrix else shape)
+        wanted = place.stored(shape)
         if part.get_shape() != wanted:
             raise InputError(f"{path}: {name} has shape {part.get_shape()}, {CONFIG} asks for {wanted}")
         if part.get_dtype() not in DTYPES:
@@ -225,29 +231,29 @@ def _read_params(model: Transformer, shelf, folder: Path, dtype: str | None) -> 
             raise _damaged(path, error) from error
         used.add(name)
         stored.add(part.get_dtype())
-        return array.T if matrix else array
+        return place.read(array)
 
     leaves = []
     for place, spec, stacked in _leaves(model):
         if stacked:
             # The last layer first: config.json may promise any number of them, and memory is asked for after that.
-            last = read(place.name.format(model.layers - 1), spec.shape[1:], place.matrix)
+            last = read(place, spec.shape[1:], model.layers - 1)
             whole = np.empty(spec.shape, last.dtype if dtype is None else jnp.dtype(dtype))
             for layer in range(model.layers):
-                whole[layer] = read(place.name.format(layer), spec.shape[1:], place.matrix)
+                whole[layer] = read(place, spec.shape[1:], layer)
         else:
-            whole = read(place.name, spec.shape, place.matrix)
+            whole = read(place, spec.shape)
         leaves.append(jnp.asarray(whole, dtype=dtype))
     _refuse_unread(set(shelf) - used, folder, model)
     treedef = jax.tree.structure(model.spec(), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
     return treedef.unflatten(leaves), "/".join(sorted(stored))
 
 
-def _refuse_unread(names: set[str], folder: Path, model: Transformer) -> None:
+def _refuse_unread(names: set[str], folder: Path, model: Network) -> None:
     """A tensor that nothing reads means that the network described is not the network stored."""
     names = {name for name in names if not name.endswith(IGNORED)}
     if model.tied_head:
-        names.discard(PLACES[".head"].name)
+        names.discard(places(model)[".head"].name)
     if names:
         listed = ", ".join(sorted(names)[:3])
         raise InputError(
@@ -255,19 +261,19 @@ def _refuse_unread(names: set[str], folder: Path, model: Transformer) -> None:
         )
 
 
-def _tensors(model: Transformer, params: TransformerParams) -> Iterator[tuple[str, jax.Array, bool]]:
-    """Name, value in our orientation, and whether it is transposed on disk, of every tensor of the export."""
+def _tensors(model: Network, params: Any) -> Iterator[tuple[str, jax.Array, Place]]:
+    """Name, value in our orientation, and place, of every tensor of the export."""
     for (place, spec, stacked), leaf in zip(_leaves(model), jax.tree.leaves(params), strict=True):
         if leaf.shape != spec.shape:
             raise InputError(f"{place.name}: the parameters have shape {leaf.shape}, the model asks for {spec.shape}")
         if stacked:
-            yield from ((place.name.format(layer), leaf[layer], place.matrix) for layer in range(model.layers))
+            yield from ((place.name.format(layer), leaf[layer], place) for layer in range(model.layers))
         else:
-            yield place.name, leaf, place.matrix
+            yield place.name, leaf, place
 
 
-def _write_weights(folder: Path, model: Transformer, params: TransformerParams, max_shard_bytes: int) -> None:
-    shards: list[list[tuple[str, jax.Array, bool]]] = [[]]
+def _write_weights(folder: Path, model: Network, params: Any, max_shard_bytes: int) -> None:
+    shards: list[list[tuple[str, jax.Array, Place]]] = [[]]
     room = max_shard_bytes
     for tensor in _tensors(model, params):
         if shards[-1] and tensor[1].nbytes > room:
@@ -279,7 +285,7 @@ def _write_weights(folder: Path, model: Transformer, params: TransformerParams, 
     mapping: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = WEIGHTS if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
-        arrays = {name: np.ascontiguousarray(np.asarray(x).T if matrix else np.asarray(x)) for name, x, matrix in shard}
+        arrays = {name: np.ascontiguousarray(place.write(np.asarray(x))) for name, x, place in shard}
         metadata = {"format": "pt", "ruvjax_format_version": str(FORMAT_VERSION)}  # "pt": the layout's own name
         save_file(arrays, folder / file, metadata)
         mapping.update(dict.fromkeys(arrays, file))
@@ -300,7 +306,7 @@ def _refuse_foreign(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     ours = {CONFIG, TOKENIZER, INDEX} | {name for name in names if name.endswith(".safetensors")}
     try:
-        replaceable = not names or (names <= ours and read_config(folder).get("model_type") == MODEL_TYPE)
+        replaceable = not names or (names <= ours and is_own(read_config(folder)))
     except InputError:
         replaceable = False
     if not replaceable:

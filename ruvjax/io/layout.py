@@ -1,30 +1,28 @@
 """What published checkpoints call things: tensor names and config.json of Llama, Qwen2, Qwen3, and of our own exports.
 
-Published matrices are [outer, inner], one tensor a layer; ours are [inner, outer] and stacked over layers. The tables
-here are the only place that knows.
+Mamba's are in `ruvjax.io.mamba_layout`. Published matrices are [outer, inner], one tensor a layer; ours are
+[inner, outer] and stacked over layers. The tables here are the only place that knows.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ruvjax.core.rope import RopeScaling
 from ruvjax.errors import ConfigError, InputError, NotYetError
+from ruvjax.io import mamba_layout
+from ruvjax.io.mamba_layout import MAMBA2_PLACES, MAMBA_PLACES
+from ruvjax.io.place import Place, dtype_of, number
+from ruvjax.models.mamba import Mamba
+from ruvjax.models.mamba2 import Mamba2
 from ruvjax.models.transformer import Transformer
+
+Network = Transformer | Mamba | Mamba2
 
 FORMAT_VERSION = 1
 ARCHITECTURE = "RuvjaxMaskedDiffusion"
 MODEL_TYPE = "ruvjax_masked_diffusion"
 FAMILIES = ("llama", "qwen2", "qwen3")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one of our leaves lies in a checkpoint: `{}` stands for the layer; `matrix` means transposed there."""
-
-    name: str
-    matrix: bool = False
 
 
 _LAYER = "model.layers.{}."
@@ -56,40 +54,75 @@ PLACES = {
 }
 
 
-def own_config(model: Transformer, tokens: Mapping[str, int | None], diffusion: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of an export: the hyper-parameters field by field, special token ids, and the diffusion settings."""
+def places(model: Network) -> Mapping[str, Place]:
+    """Where every weight that such a model may have lies, by its path in the parameter tree."""
+    return {Transformer: PLACES, Mamba: MAMBA_PLACES, Mamba2: MAMBA2_PLACES}[type(model)]
+
+
+OWN_KEYS = {"transformer": Transformer, "mamba": Mamba, "mamba2": Mamba2}
+
+
+def own_config(model: Network, tokens: Mapping[str, int | None], diffusion: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of an export: the hyper-parameters field by field, special token ids, and the diffusion settings.
+
+    That of a Mamba that scans from left to right is one that transformers reads too.
+    """
+    own: dict[str, Any] = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE}
+    if not isinstance(model, Transformer) and model.direction == "forward":
+        own = mamba_layout.published_config(model)
+    key = next(key for key, kind in OWN_KEYS.items() if isinstance(model, kind))
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **own,
         "format_version": FORMAT_VERSION,
         "vocab_size": model.vocab_size,
         **tokens,
-        "transformer": dataclasses.asdict(model),
+        key: dataclasses.asdict(model),
         "diffusion": dict(diffusion),
     }
 
 
-def read_transformer(config: Mapping[str, Any], source: str) -> Transformer:
-    """The hyper-parameters that the config.json at `source` describes.
+def is_own(config: Mapping[str, Any]) -> bool:
+    """Whether an export of ours holds this config.json."""
+    return config.get("model_type") == MODEL_TYPE or (
+        "format_version" in config and not OWN_KEYS.keys().isdisjoint(config)
+    )
 
-    Raises InputError, naming `source`, for an unknown family and for whatever the transformer cannot express: a network
-    that would load and compute something else is never returned.
+
+def read_network(config: Mapping[str, Any], source: str) -> Network:
+    """The hyper-parameters that the config.json at `source` describes, of whichever family.
+
+    Raises InputError, naming `source`, for an unknown family and for whatever our models cannot express: a network that
+    would load and compute something else is never returned.
     """
     try:
-        if config.get("model_type") == MODEL_TYPE:
-            return _own_transformer(config, source)
-        return _published_transformer(config, source)
+        if is_own(config):
+            return _own_network(config, source)
+        if config.get("model_type") in mamba_layout.FAMILIES:
+            return mamba_layout.read_published(config, source)
     except ConfigError as error:
         raise InputError(f"{source}: {error}", error.hint) from error
+    return read_transformer(config, source)
 
 
-def _own_transformer(config: Mapping[str, Any], source: str) -> Transformer:
+def read_transformer(config: Mapping[str, Any], source: str) -> Transformer:
+    """`read_network` where only a transformer will do."""
+    try:
+        network = _own_network(config, source) if is_own(config) else _published_transformer(config, source)
+    except ConfigError as error:
+        raise InputError(f"{source}: {error}", error.hint) from error
+    if not isinstance(network, Transformer):
+        raise InputError(f"{source}: describes a {type(network).__name__}, not a transformer")
+    return network
+
+
+def _own_network(config: Mapping[str, Any], source: str) -> Network:
     version = config.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise InputError(
             f"{source}: format_version={version!r}, this ruvjax reads up to {FORMAT_VERSION}", "update ruvjax"
         )
-    return _construct(Transformer, config.get("transformer"), f"{source}: transformer")
+    key = next((key for key in OWN_KEYS if key in config), "transformer")
+    return _construct(OWN_KEYS[key], config.get(key), f"{source}: {key}")
 
 
 def _construct(cls, values: Any, where: str):
@@ -107,39 +140,31 @@ def _construct(cls, values: Any, where: str):
 def _published_transformer(config: Mapping[str, Any], source: str) -> Transformer:
     family = config.get("model_type")
     if family not in FAMILIES:
-        known = ", ".join((*FAMILIES, MODEL_TYPE))
+        known = ", ".join((*FAMILIES, *mamba_layout.FAMILIES, MODEL_TYPE))
         raise InputError(f"{source}: model_type={family!r} is not known", f"one of {known}")
     if config.get("quantization_config") is not None:
         raise NotYetError(f"{source}: quantized checkpoints cannot be read yet", "use the unquantized weights")
     _refuse_what_differs(config, family, source)
-    heads = _number(config, "num_attention_heads", source)
+    heads = number(config, "num_attention_heads", source)
     theta, scaling = _rope(config, source)
     return Transformer(
-        vocab_size=_number(config, "vocab_size", source),
-        layers=_number(config, "num_hidden_layers", source),
-        width=_number(config, "hidden_size", source),
+        vocab_size=number(config, "vocab_size", source),
+        layers=number(config, "num_hidden_layers", source),
+        width=number(config, "hidden_size", source),
         heads=heads,
-        kv_heads=_number(config, "num_key_value_heads", source, heads),
-        head_dim=_number(config, "head_dim", source, 128 if family == "qwen3" else 0),
-        mlp_width=_number(config, "intermediate_size", source),
-        max_length=_number(config, "max_position_embeddings", source, 2048 if family == "llama" else 32768),
+        kv_heads=number(config, "num_key_value_heads", source, heads),
+        head_dim=number(config, "head_dim", source, 128 if family == "qwen3" else 0),
+        mlp_width=number(config, "intermediate_size", source),
+        max_length=number(config, "max_position_embeddings", source, 2048 if family == "llama" else 32768),
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=_number(config, "rms_norm_eps", source, 1e-6),
+        norm_eps=number(config, "rms_norm_eps", source, 1e-6),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         tied_head=bool(config.get("tie_word_embeddings", False)),
-        dtype=_dtype(config, source),
+        dtype=dtype_of(config, source),
         unroll=config["num_hidden_layers"] <= 8,
     )
-
-
-def _number(config: Mapping[str, Any], key: str, source: str, default: Any = None) -> Any:
-    value = config.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputError(f"{source}: {key}={value!r} must be a number")
-    return value
 
 
 def _refuse_what_differs(config: Mapping[str, Any], family: str, source: str) -> None:
@@ -163,9 +188,9 @@ def _rope(config: Mapping[str, Any], source: str) -> tuple[float, RopeScaling]:
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(settings, dict):
         raise InputError(f"{source}: rope settings must be an object, got {settings!r}")
-    theta = float(_number({**config, **settings}, "rope_theta", source, 10000.0))
+    theta = float(number({**config, **settings}, "rope_theta", source, 10000.0))
     kind = settings.get("rope_type", settings.get("type", "default"))
-    length = _number(config, "max_position_embeddings", source, 0)
+    length = number(config, "max_position_embeddings", source, 0)
     if kind in ("default", "dynamic"):
         # "dynamic" leaves the frequencies alone up to max_position_embeddings, which is where our context ends.
         return theta, RopeScaling()
@@ -173,13 +198,13 @@ def _rope(config: Mapping[str, Any], source: str) -> tuple[float, RopeScaling]:
         raise InputError(
             f"{source}: rope scaling {kind!r} is not known", "one of default, dynamic, linear, llama3, yarn"
         )
-    factor = float(_number(settings, "factor", source))
+    factor = float(number(settings, "factor", source))
     if kind == "linear":
         return theta, RopeScaling(kind="linear", factor=factor)
-    original = int(_number(settings, "original_max_position_embeddings", source, length))
+    original = int(number(settings, "original_max_position_embeddings", source, length))
     if kind == "llama3":
-        low = float(_number(settings, "low_freq_factor", source))
-        high = float(_number(settings, "high_freq_factor", source))
+        low = float(number(settings, "low_freq_factor", source))
+        high = float(number(settings, "high_freq_factor", source))
         return theta, RopeScaling("llama3", factor, original, low_freq=low, high_freq=high)
     for key in ("attention_factor", "mscale", "mscale_all_dim"):
         if settings.get(key) is not None:
@@ -188,10 +213,3 @@ def _rope(config: Mapping[str, Any], source: str) -> tuple[float, RopeScaling]:
         raise InputError(f"{source}: yarn without truncation cannot be expressed by this transformer")
     fast, slow = float(settings.get("beta_fast") or 32), float(settings.get("beta_slow") or 1)
     return theta, RopeScaling("yarn", factor, original, beta_fast=fast, beta_slow=slow)
-
-
-def _dtype(config: Mapping[str, Any], source: str) -> str:
-    name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    if name not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"{source}: dtype={name!r} is not known", "one of float32, bfloat16, float16")
-    return name

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.attention import Mask, attention
 from ruvjax.core.linear import embed, linear, readout
-from ruvjax.core.model import Output
+from ruvjax.core.model import DTYPES, Output, compute_dtype
 from ruvjax.core.norm import layer_norm, rms_norm
 from ruvjax.core.params import declare
 from ruvjax.core.rope import RopeScaling, default_positions, rotate, rotations
@@ -70,7 +70,8 @@ class Transformer:
     """Hyper-parameters of a pre-norm transformer.
 
     time: "none" (LLaDA), "sinusoidal" (features of t added to the embeddings) or "adaln" (scale, shift and gate of each
-    layer from t, initialised to the identity; Peebles and Xie 2022). dtype: compute dtype; parameters are float32.
+    layer from t, initialised to the identity; Peebles and Xie 2022). dtype: compute dtype, "auto" for the
+    machine's best (`core.model.compute_dtype`); parameters are float32.
     head_dim 0 means width / heads; kv_heads 0 means heads. `unroll` trades compile time for speed: a Python loop over
     layers instead of `lax.scan` (10 to 25% faster on CPU).
     """
@@ -111,7 +112,7 @@ class Transformer:
             "norm": ("rms", "layer"),
             "mlp": ("swiglu", "gelu"),
             "time": ("none", "sinusoidal", "adaln"),
-            "dtype": ("float32", "bfloat16", "float16", "float64"),
+            "dtype": DTYPES,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -196,7 +197,7 @@ class Transformer:
         """One forward pass. `time` in (0, 1] is needed by time-conditioned models and ignored by the others;
         `positions` default to 0..length-1; `logits=False` leaves the readout to the caller; `impl` names the attention
         implementation. Raises ConfigError where a time-conditioned model gets no time."""
-        dtype = jnp.dtype(self.dtype)
+        dtype = compute_dtype(self.dtype)
         mask = Mask() if mask is None else mask
         positions = default_positions(tokens) if positions is None else positions
         rotation = rotations(positions, self.dim_per_head, self.rope_theta, self.rope_scaling)

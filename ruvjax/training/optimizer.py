@@ -14,7 +14,12 @@ from optax import contrib
 
 from ruvjax.core.params import ParamSpec
 from ruvjax.errors import ConfigError
+from ruvjax.training.adam_atan2 import scale_by_adam_atan2, sign_of_touched_rows
 
+# Weights of a state space (models.mamba) that are one vector, or one short filter, a channel however they are shaped:
+# decay would change their time scales, and to orthogonalise them means nothing.
+PER_CHANNEL = ("a_log", "d", "dt_bias", "conv_bias")
+FILTERS = ("conv", "conv_weight")
 MATRIX = contrib.MuonDimensionNumbers(-2, -1)
 MUON_RMS = 0.2  # update size of AdamW, so that AdamW's learning rates carry over (Liu et al. 2025, "Muon is scalable")
 
@@ -23,14 +28,17 @@ MUON_RMS = 0.2  # update size of AdamW, so that AdamW's learning rates carry ove
 class OptimizerConfig:
     """Optimiser, learning-rate schedule and parameter averaging.
 
-    kind: "adamw"; "lion" (Chen et al. 2023; wants about a tenth of AdamW's rate); "muon" (Jordan 2024) for matrices
-        between hidden activations, AdamW for embeddings, heads and vectors. `b1` is Muon's momentum too.
+    kind: "adamw"; "adam_atan2" (Everett et al. 2024; `eps` has no part in it); "lion" (Chen et al. 2023; wants about a
+        tenth of AdamW's rate); "muon" (Jordan 2024) for matrices between hidden activations, AdamW for embeddings,
+        heads and vectors. `b1` is Muon's momentum too. Whatever the kind, tables of puzzle vectors (axis "puzzles") go
+        by the sign of their gradient.
     weight_decay: decoupled; on weights with two or more axes besides the stacked "layers" axis, never on norms,
-        biases or scale vectors.
+        biases, scale vectors or a state space's per-channel weights.
     clip: the gradient's global norm is cut to it; 0 for no clipping.
     schedule: linear warm-up over `warmup_steps`, then "cosine" to `final_share * lr`; "wsd" (warm-up, stable, decay)
         constant until the last `decay_share` of all steps, then linear to `final_share * lr`; or "constant".
     ema: decay of the parameter average that is evaluated and exported (0 for none); starts as (1 + step) / (10 + step).
+    puzzle_rate: the learning rate of puzzle vectors as a multiple of `lr`.
     """
 
     kind: str = "adamw"
@@ -45,9 +53,10 @@ class OptimizerConfig:
     decay_share: float = 0.2
     final_share: float = 0.05
     ema: float = 0.0
+    puzzle_rate: float = 1.0
 
     def __post_init__(self):
-        choices = {"kind": ("adamw", "lion", "muon"), "schedule": ("cosine", "wsd", "constant")}
+        choices = {"kind": ("adamw", "adam_atan2", "lion", "muon"), "schedule": ("cosine", "wsd", "constant")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(
@@ -62,6 +71,7 @@ class OptimizerConfig:
             "ema": (None, 1.0, "a number in [0, 1)"),
             "weight_decay": (None, float("inf"), "a number of at least 0"),
             "clip": (None, float("inf"), "a number of at least 0"),
+            "puzzle_rate": (None, float("inf"), "a number of at least 0"),
             "decay_share": (None, 1.000001, "a number in [0, 1]"),
             "final_share": (None, 1.000001, "a number in [0, 1]"),
         }
@@ -105,12 +115,18 @@ def build_optimizer(config: OptimizerConfig, spec: Any) -> optax.GradientTransfo
     """
 
     def by_spec(decide):
-        return jax.tree.map(decide, spec, is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
+        return jax.tree_util.tree_map_with_path(decide, spec, is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
 
-    decayed = by_spec(lambda leaf: len(_inner_axes(leaf)) >= 2)
+    decayed = by_spec(_decays)
     adamw = optax.adamw(1.0, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed)
     if config.kind == "adamw":
         core = adamw
+    elif config.kind == "adam_atan2":
+        core = optax.chain(
+            scale_by_adam_atan2(config.b1, config.b2),
+            optax.add_decayed_weights(config.weight_decay, decayed),
+            optax.scale(-1.0),
+        )
     elif config.kind == "lion":
         core = optax.lion(1.0, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decayed)
     else:
@@ -123,6 +139,10 @@ def build_optimizer(config: OptimizerConfig, spec: Any) -> optax.GradientTransfo
             consistent_rms=MUON_RMS,
         )
         core = optax.partition({"muon": muon, "adamw": adamw}, by_spec(_muon_or_adamw))
+    if any(_is_table(leaf) for leaf in jax.tree.leaves(spec, is_leaf=lambda leaf: isinstance(leaf, ParamSpec))):
+        signs = sign_of_touched_rows(config.weight_decay, config.puzzle_rate)
+        labels = by_spec(lambda path, leaf: "signs" if _is_table(leaf) else "core")
+        core = optax.partition({"signs": signs, "core": core}, labels)
     return optax.chain(optax.clip_by_global_norm(config.clip), core) if config.clip else core
 
 
@@ -131,7 +151,22 @@ def _inner_axes(leaf: ParamSpec) -> list[str | None]:
     return [axis for axis in leaf.axes if axis != "layers"]
 
 
-def _muon_or_adamw(leaf: ParamSpec) -> str:
+def _name(path: tuple[Any, ...]) -> str:
+    """The attribute (or key) under which a leaf stands in its tree."""
+    last = path[-1] if path else ""
+    return str(getattr(last, "name", getattr(last, "key", last)))
+
+
+def _is_table(leaf: ParamSpec) -> bool:
+    return "puzzles" in leaf.axes
+
+
+def _decays(path: tuple[Any, ...], leaf: ParamSpec) -> bool:
+    return len(_inner_axes(leaf)) >= 2 and _name(path) not in PER_CHANNEL
+
+
+def _muon_or_adamw(path: tuple[Any, ...], leaf: ParamSpec) -> str:
     """Muon takes [..., in, out] matrices between hidden activations; a vocabulary is not a hidden dimension."""
     inner = _inner_axes(leaf)
-    return "muon" if len(inner) == 2 and "layers" not in leaf.axes[-2:] and "vocab" not in inner else "adamw"
+    matrix = len(inner) == 2 and "layers" not in leaf.axes[-2:] and not {"vocab", "puzzles"} & set(inner)
+    return "muon" if matrix and _name(path) not in (*PER_CHANNEL, *FILTERS) else "adamw"

@@ -69,6 +69,15 @@ class Denoising:
 
 
 @dataclass(frozen=True)
+class Section:
+    """A section of its own, for what only one family of models shows: `body` is HTML, taken as it is."""
+
+    title: str
+    body: str
+    lead: str = ""
+
+
+@dataclass(frozen=True)
 class ReportData:
     """All that a report shows. What is empty is left out of the page, so a short run or another verb has a report too.
 
@@ -85,6 +94,7 @@ class ReportData:
     schedule: Mapping[str, Sequence[float]] = field(default_factory=dict)
     denoising: tuple[Denoising, ...] = ()
     samples: tuple[Sample, ...] = ()
+    sections: tuple[Section, ...] = ()
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     config: str = ""
@@ -136,6 +146,7 @@ def render_report(data: ReportData) -> str:
         _curves(data),
         _denoising(data.denoising),
         _samples(data.samples),
+        *(_section(part.title, part.body, _text(part.lead)) for part in data.sections),
         _notes(data.notes),
         _provenance(data.provenance),
         _config(data.config),

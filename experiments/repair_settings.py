@@ -1,0 +1,119 @@
+"""The code-repair jobs of the command line as frozen dataclasses: `configs/task/repair.yaml` builds one of these."""
+
+from dataclasses import dataclass
+
+from experiments.settings import Kernels, ModelPath, Run
+from ruvjax.core.backend import DistributedConfig
+from ruvjax.core.sharding import MeshConfig
+from ruvjax.data.repair.pairs import RepairSource
+from ruvjax.errors import ConfigError
+from ruvjax.models.trm import TinyRecursive
+from ruvjax.models.trm_loss import TrmLoss
+from ruvjax.training.loop import TrainerConfig
+from ruvjax.training.optimizer import OptimizerConfig
+
+
+def _at_least(owner: str, config: object, **limits: int) -> None:
+    for name, low in limits.items():
+        if getattr(config, name) < low:
+            raise ConfigError(f"{owner}.{name}={getattr(config, name)} must be at least {low}")
+
+
+@dataclass(frozen=True)
+class RepairPipeline:
+    """`batch` functions in work at a time; a halted one makes room for another. `seed` decides which, and their faults."""
+
+    batch: int = 16
+    seed: int = 0
+
+    def __post_init__(self):
+        _at_least("pipeline", self, batch=1, seed=0)
+
+
+@dataclass(frozen=True)
+class RepairEvaluation:
+    """How repairs are judged: `steps` supervision steps (0: as in training), `pairs` held-out faults (all kinds alike),
+    `valid_pairs` at each trainer.eval_every, `shown` of them as a diff in the report.
+
+    run_tests: run the repaired functions on sampled inputs, in a sandbox, where the original is pure.
+    """
+
+    batch: int = 32
+    steps: int = 0
+    pairs: int = 1200
+    valid_pairs: int = 96
+    shown: int = 8
+    run_tests: bool = True
+
+    def __post_init__(self):
+        _at_least("evaluation", self, batch=1, steps=0, pairs=1, valid_pairs=1, shown=0)
+
+
+@dataclass(frozen=True)
+class RepairTrain:
+    """`python -m experiments.train experiment=repair_trm`."""
+
+    run: Run
+    data: RepairSource
+    pipeline: RepairPipeline
+    model: TinyRecursive
+    objective: TrmLoss
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    evaluation: RepairEvaluation
+    kernels: Kernels
+    mesh: MeshConfig
+    distributed: DistributedConfig
+    backend: str = "auto"
+    seed: int = 0
+    debug: bool = False
+
+    def __post_init__(self):
+        if self.pipeline.batch % self.trainer.accumulation:
+            parts = self.trainer.accumulation
+            raise ConfigError(f"pipeline.batch={self.pipeline.batch} does not divide by trainer.accumulation={parts}")
+
+
+@dataclass(frozen=True)
+class RepairEvaluate:
+    """Score an exported repair model on the held-out faults of the corpus it was trained on."""
+
+    run: Run
+    model: ModelPath
+    split: str
+    evaluation: RepairEvaluation
+    kernels: Kernels
+    backend: str = "auto"
+    seed: int = 0
+    debug: bool = False
+
+    def __post_init__(self):
+        if self.split not in ("valid", "test"):
+            raise ConfigError(f"split={self.split!r} is not held out", "one of valid, test")
+
+
+@dataclass(frozen=True)
+class RepairPrompt:
+    """The function to repair, as text or in a file. steps: supervision steps (0: as in training)."""
+
+    prompt: str = ""
+    file: str = ""
+    steps: int = 0
+
+    def __post_init__(self):
+        _at_least("sample", self, steps=0)
+        if self.prompt and self.file:
+            raise ConfigError("sample.prompt and sample.file exclude each other", "leave one of them empty")
+
+
+@dataclass(frozen=True)
+class RepairSample:
+    """Repair one function with an exported model."""
+
+    run: Run
+    model: ModelPath
+    sample: RepairPrompt
+    kernels: Kernels
+    backend: str = "auto"
+    seed: int = 0
+    debug: bool = False

@@ -1,0 +1,91 @@
+"""Selective state-space recurrences: Mamba's diagonal scan and Mamba-2's scalar-decay form of it (SSD)."""
+
+from collections.abc import Mapping
+
+import jax
+
+from kernels_pallas.dispatch import resolve
+from kernels_pallas.selective_scan import reference, ssd, xla
+
+__all__ = ["IMPLEMENTATIONS", "selective_scan", "state_space_dual"]
+
+IMPLEMENTATIONS = {"reference": reference.selective_scan, "xla": xla.selective_scan}
+DUAL_IMPLEMENTATIONS = {"reference": reference.state_space_dual, "xla": ssd.state_space_dual}
+
+
+def selective_scan(
+    x: jax.Array,
+    delta: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    d: jax.Array,
+    *,
+    initial: jax.Array | None = None,
+    reset: jax.Array | None = None,
+    impl: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """h_t = exp(delta_t a) h_{t-1} + delta_t b_t x_t and y_t = c_t . h_t + d x_t (Gu and Dao 2023, arXiv:2312.00752).
+
+    x and delta (after its softplus) are [batch, length, width], a is [width, state], b and c are
+    [batch, length, state], d is [width]. `initial` is the state before the first position, [batch, width, state], zero
+    by default; `reset`, bool [batch, length], zeroes the state before that position. A position with delta 0 leaves the
+    state as it is.
+    Returns y in the shape and dtype of x and the state after the last position in float32 (float64 for float64 inputs);
+    both are differentiable, and so is `initial`. Raises ValueError where the shapes do not fit,
+    `kernels_pallas.dispatch.ImplError` for an `impl` that is not there.
+    """
+    batch, length, width = x.shape
+    state = a.shape[-1]
+    wanted = {
+        "delta": (delta, (batch, length, width)),
+        "a": (a, (width, state)),
+        "b": (b, (batch, length, state)),
+        "c": (c, (batch, length, state)),
+        "d": (d, (width,)),
+        "initial": (initial, (batch, width, state)),
+        "reset": (reset, (batch, length)),
+    }
+    _check("selective_scan", wanted)
+    return resolve("selective_scan", impl, IMPLEMENTATIONS)(x, delta, a, b, c, d, initial, reset)
+
+
+def state_space_dual(
+    x: jax.Array,
+    delta: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    d: jax.Array,
+    *,
+    initial: jax.Array | None = None,
+    reset: jax.Array | None = None,
+    impl: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The same recurrence with one decay per head (Dao and Gu 2024, arXiv:2405.21060), by matrix products.
+
+    x is [batch, length, heads, dim], delta [batch, length, heads], a and d are [heads], b and c are
+    [batch, length, groups, state] with heads a multiple of groups; `initial` and the final state are
+    [batch, heads, dim, state]. Otherwise the contract, and the errors, of `selective_scan`.
+    """
+    batch, length, heads, dim = x.shape
+    groups, state = b.shape[-2:]
+    if heads % groups:
+        raise ValueError(f"state_space_dual: {heads} heads are not a multiple of {groups} groups")
+    wanted = {
+        "delta": (delta, (batch, length, heads)),
+        "a": (a, (heads,)),
+        "b": (b, (batch, length, groups, state)),
+        "c": (c, (batch, length, groups, state)),
+        "d": (d, (heads,)),
+        "initial": (initial, (batch, heads, dim, state)),
+        "reset": (reset, (batch, length)),
+    }
+    _check("state_space_dual", wanted)
+    return resolve("state_space_dual", impl, DUAL_IMPLEMENTATIONS)(x, delta, a, b, c, d, initial, reset)
+
+
+def _check(op: str, wanted: Mapping[str, tuple[jax.Array | None, tuple[int, ...]]]) -> None:
+    for name, (array, shape) in wanted.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{op}: {name} has shape {array.shape}, the others ask for {shape}")

@@ -1,0 +1,1 @@
+"""Decoding from left to right, and the autoregressive objective and likelihood that go with it."""

@@ -1,0 +1,168 @@
+"""Decoding from left to right over a canvas: given tokens stay, the others are drawn one after the other.
+
+A forward is `(params, tokens, time, carry) -> (Output, carry)`. With a cache (`carry` is its empty state) the prompt is
+read in one pass and every further token in a pass of length 1; without one (`carry` None) the whole canvas is read
+again for each token. Both give the same tokens for the same key, up to rounding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from kernels_pallas.unmask import draw_noise, unmask
+from ruvjax.core import logits as shape
+from ruvjax.errors import ConfigError
+
+Forward = Callable[[Any, jax.Array, Any, Any], tuple[Any, Any]]
+
+PADDING = -1  # in the tokens that a forward reads: this position takes no part
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a token is drawn. temperature 0 takes the likeliest; top_k 0, top_p 1 and min_p 0 are off.
+
+    repetition_penalty: over everything that stands in the row already (Keskar et al. 2019), 1 is off.
+    eos_id: a row ends at this token, and `pad_id` fills what is left of it; -1: rows do not end.
+    cache: keep the model's state between tokens instead of reading everything again, where the model has one.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    eos_id: int = -1
+    pad_id: int = 0
+    cache: bool = True
+
+    def __post_init__(self):
+        for name in ("top_k", "eos_id", "pad_id"):
+            value = getattr(self, name)
+            least = -1 if name == "eos_id" else 0
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"sampler.{name}={value!r} must be an integer of at least {least}")
+        limits = {
+            "temperature": (0.0, float("inf"), "a number of at least 0"),
+            "top_p": (0.0, 1.0, "a number in (0, 1]"),
+            "min_p": (0.0, 1.0, "a number in [0, 1]"),
+            "repetition_penalty": (0.0, float("inf"), "a positive number"),
+        }
+        for name, (low, high, allowed) in limits.items():
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            positive = name in ("top_p", "repetition_penalty")
+            if not number or not low <= value <= high or value == float("inf") or (positive and value == 0):
+                raise ConfigError(f"sampler.{name}={value!r} must be {allowed}")
+        if not isinstance(self.cache, bool):
+            raise ConfigError(f"sampler.cache={self.cache!r} must be true or false")
+
+
+class Decoded(NamedTuple):
+    """tokens: int32 [batch, length], the canvas filled. probability: float32 [batch, length], what the model gave each
+    drawn token (penalised, before temperature and cuts); 1 where the token was given, 0 where a row had ended."""
+
+    tokens: jax.Array
+    probability: jax.Array
+
+
+def generate(
+    settings: Decoding,
+    forward: Forward,
+    params: Any,
+    canvas: Int[Array, "batch length"],
+    free: Bool[Array, "batch length"],
+    key: Key[Array, ""],
+    *,
+    start: int,
+    start_id: int = -1,
+    carry: Any = None,
+    suppressed: tuple[int, ...] = (),
+) -> Decoded:
+    """Draw the `free` positions of `canvas` from left to right; jit with `settings`, `forward`, `start`, `start_id` and
+    `suppressed` static.
+
+    start: the first position that is free in any row; what stands before it is read at once. `PADDING` tokens there
+    (on the left of shorter prompts) take no part. start_id: the token read before the first one; -1 where there is
+    none, and then `start` must be at least 1. carry: the model's empty cache, None for a forward without one.
+    suppressed: tokens that are never drawn. Row r of the batch draws with `fold_in(key, r)`, so a row's tokens do not
+    depend on its neighbours.
+
+    Raises ConfigError where there is nothing to read before the first free position.
+    """
+    if start_id < 0 and start < 1:
+        raise ConfigError("the first token has nothing before it to be predicted from", "give a prompt or a start_id")
+    rows, length = canvas.shape
+    lead = start_id >= 0
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+    pick = partial(_pick, settings, suppressed, keys)
+
+    def settle(state, i, logits):
+        tokens, probability, done = state
+        drawn, p = pick(i, logits, tokens)
+        wanted, here = free[:, i], tokens[:, i]
+        value = jnp.where(wanted, jnp.where(done, settings.pad_id, drawn), here)
+        p = jnp.where(wanted, jnp.where(done, 0.0, p), 1.0)
+        done = done | (wanted & (value == settings.eos_id))
+        return (tokens.at[:, i].set(value), probability.at[:, i].set(p), done), value
+
+    first = (canvas, jnp.ones((rows, length), jnp.float32), jnp.zeros((rows,), bool))
+    prefix = jnp.full((rows, 1), start_id, canvas.dtype)
+
+    if carry is None or not settings.cache:
+
+        def again(loop):
+            i, state = loop
+            read = jnp.concatenate([prefix, state[0]], axis=1) if lead else state[0]
+            later = jnp.arange(read.shape[1])[None, :] >= i + lead
+            output, _ = forward(params, jnp.where(later, PADDING, read), None, carry)
+            at = jnp.maximum(i - 1 + lead, 0)
+            return i + 1, settle(state, i, output.logits[:, at])[0]
+
+        _, state = jax.lax.while_loop(lambda loop: (loop[0] < length) & ~loop[1][2].all(), again, (start, first))
+        return Decoded(_pad(state, free, settings), state[1])
+
+    read = jnp.concatenate([prefix, canvas[:, :start]], axis=1) if lead else canvas[:, :start]
+    output, carry = forward(params, read, None, carry)
+
+    def step(loop):
+        i, state, logits, carry = loop
+        state, value = settle(state, i, logits)
+        output, carry = forward(params, value[:, None], None, carry)
+        return i + 1, state, output.logits[:, -1], carry
+
+    def going(loop):
+        return (loop[0] < length) & ~loop[1][2].all()
+
+    _, state, _, _ = jax.lax.while_loop(going, step, (start, first, output.logits[:, -1], carry))
+    return Decoded(_pad(state, free, settings), state[1])
+
+
+def _pad(state, free, settings: Decoding) -> jax.Array:
+    """Where every row ended early, the loop stopped before the last positions."""
+    tokens, _, done = state
+    if settings.eos_id < 0:
+        return tokens
+    ended = jnp.cumsum((tokens == settings.eos_id) & free, axis=1) - ((tokens == settings.eos_id) & free) > 0
+    return jnp.where(done[:, None] & free & ended, settings.pad_id, tokens)
+
+
+def _pick(settings: Decoding, suppressed, keys, i, logits: Float[Array, "batch vocab"], tokens):
+    """A token for position `i` of each row, and its probability."""
+    logits = shape.suppress(logits, suppressed)
+    if settings.repetition_penalty != 1.0:
+        counted = (jnp.arange(tokens.shape[1])[None, :] < i) & (tokens >= 0)
+        seen = shape.seen_tokens(tokens, counted, logits.shape[-1])
+        logits = shape.repetition_penalty(logits, seen, settings.repetition_penalty)
+    noise = floor = None
+    if settings.temperature:
+        noise = jax.vmap(lambda key: draw_noise(jax.random.fold_in(key, i), (), logits.shape[-1]))(keys)
+        cuts = {"top_k": settings.top_k, "top_p": settings.top_p, "min_p": settings.min_p}
+        floor = shape.draw_floor(logits, temperature=settings.temperature, **cuts)
+    drawn = unmask(logits, noise, floor=floor, temperature=settings.temperature)
+    return drawn.token.astype(tokens.dtype), jnp.exp(drawn.log_prob)
