@@ -91,9 +91,8 @@ def score_model(
     simple = measure_baselines(train, test, loaded.tokenizer)
     note(str(simple))
     ours = found.bits_per_byte
-    note(
-        f"{job.split} split: {ours.mean:.3f} bits per byte, 95% interval {ours.low:.3f} to {ours.high:.3f}{'' if found.exact else ' (a bound)'}"
-    )
+    kind = "" if found.exact else " (a bound)"
+    note(f"{job.split} split: {ours.mean:.3f} bits per byte, 95% interval {ours.low:.3f} to {ours.high:.3f}{kind}")
     return found.metrics() | scoring.baseline_metrics(simple, ours.high), scoring.compared(found, simple)
 
 

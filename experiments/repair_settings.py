@@ -21,7 +21,7 @@ def _at_least(owner: str, config: object, **limits: int) -> None:
 
 @dataclass(frozen=True)
 class RepairPipeline:
-    """`batch` functions in work at a time; a halted one makes room for another. `seed` decides which, and their faults."""
+    """`batch` functions in work at a time; a halted one makes room. `seed` decides which, and their faults."""
 
     batch: int = 16
     seed: int = 0

@@ -151,8 +151,8 @@ def _notes(held_out: HeldOut) -> tuple[str, ...]:
     kind = "exact" if held_out.exact else "a bound (NELBO)"
     drawn = "" if held_out.exact else "; the interval is 95 % over the corruptions drawn, for this very text"
     return (
-        f"Bits per byte are {kind} over {held_out.rows} rows of the test split{drawn}. Over {held_out.over}, for text of "
-        f"this kind, the 95 % interval is {held_out.documents.low:.3f} to {held_out.documents.high:.3f}.",
+        f"Bits per byte are {kind} over {held_out.rows} rows of the test split{drawn}. Over {held_out.over}, for "
+        f"text of this kind, the 95 % interval is {held_out.documents.low:.3f} to {held_out.documents.high:.3f}.",
         "Much of the gain over the byte models is the tokenizer's: compare with the token models.",
         "A text counts as parsing when ast.parse takes it and it holds a statement; "
         "one that is cut at the last token is judged without its last line.",

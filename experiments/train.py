@@ -1,4 +1,4 @@
-"""Train, evaluate, export and sample a model: `python -m experiments.train`. Text is trained here, the other tasks next door."""
+"""Train, evaluate, export and sample a model: `python -m experiments.train`. Text models are trained here."""
 
 import sys
 import time

@@ -29,7 +29,7 @@ UPDATES = 6  # of the scratch latent in an iteration: 6 + 1 passes of the networ
 class CodeRepairConfig:
     """Configuration of a `CodeRepairTRM`, with the documented names and defaults. Raises ConfigError.
 
-    Parameters, documented and real: tiny 1 M, 0.26 M; small 9 M, 9.7 M; base 12 M, 13.5 M; large 23 M, 24.7 M; ARC 7 M,
+    Parameters, documented and real: tiny 1 M, 0.30 M; small 9 M, 9.7 M; base 12 M, 13.6 M; large 23 M, 24.6 M; ARC 7 M,
     8.0 M (the second attention, along columns, and an untied head against the original's single attention).
     q_threshold: iterations end when every row's halting probability is above it. use_gradient_checkpointing computes
     the activations of an iteration again in the backward pass. dropout must be 0.

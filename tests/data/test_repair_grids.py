@@ -1,4 +1,4 @@
-"""Repair grids as boards: nothing is lost, what is out of reach is not learned, and the parser's word is in its place."""
+"""Repair grids as boards: nothing is lost, what is out of reach is not learned, the parser's marks are in place."""
 
 import numpy as np
 import pytest

@@ -48,10 +48,12 @@ def test_train_evaluate_and_sample(workplace, capsys, model):
     assert trained["documents_bits_per_byte_low"] < trained["bits_per_byte"] < trained["documents_bits_per_byte_high"]
     assert trained["parse_share_generated"] is not None and trained["parse_share_infilled"] is None
 
-    again = summary(capsys, main("evaluate", evaluate.run, ["model.path=trained", "data=text", "data.path=corpus", "evaluation.batch=8", "evaluation.rows=16"]))  # fmt: skip
+    corpus = ["data=text", "data.path=corpus", "evaluation.batch=8", "evaluation.rows=16"]
+    again = summary(capsys, main("evaluate", evaluate.run, ["model.path=trained", *corpus]))
     assert again["bits_per_byte"] == pytest.approx(trained["bits_per_byte"], rel=1e-5)
 
-    arguments = ["model.path=trained", "sampler=left_to_right", "sample.prompt=def add", "sample.length=20", "sample.count=2", "sample.stream=events.jsonl", "sample.animate=false"]  # fmt: skip
+    prompt = ["sample.prompt=def add", "sample.length=20", "sample.count=2", "sample.animate=false"]
+    arguments = ["model.path=trained", "sampler=left_to_right", "sample.stream=events.jsonl", *prompt]
     drawn = summary(capsys, main("sample", sample.run, arguments))
     records = [json.loads(line) for line in (workplace / "events.jsonl").read_text().splitlines()]
     positions = [record["position"] for record in records[1:-1] if record["row"] == 0]

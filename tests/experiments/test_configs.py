@@ -8,9 +8,19 @@ from omegaconf import DictConfig
 
 from experiments.build import build
 from experiments.complaints import CONFIGS, compose_config
+from experiments.puzzle_settings import PuzzleEvaluate, PuzzleSample, PuzzleTrain
+from experiments.repair_settings import RepairEvaluate, RepairSample, RepairTrain
 from experiments.settings import Doctor, Evaluate, Sample, Train
 
 TEXT = ["data.path=README.md"]
+# What the default experiment sets of the diffusion objective and sampler has no place in the autoregressive ones.
+LANGUAGE_OBJECTIVE = [f"~objective.{name}" for name in ("masked_rows", "t_min", "t_max")] + ["~sampler.steps"]
+TASKS = {"trm": PuzzleTrain, "repair": RepairTrain}
+
+
+def job_kind(option: str) -> type:
+    """What the options of a name build, by the word they begin with."""
+    return TASKS.get(option.split("_")[0], Train)
 
 
 def options(group: str) -> list[str]:
@@ -19,8 +29,23 @@ def options(group: str) -> list[str]:
 
 def needs(group: str, option: str) -> list[str]:
     """What an option asks of the command line: the mandatory values, and settings that fit its preset."""
-    extra = {"data/text": ["data.path=README.md"], "data/hub": ["data.name=owner/name"]}
-    return extra.get(f"{group}/{option}", [])
+    extra = {
+        "data/text": ["data.path=README.md"],
+        "data/hub": ["data.name=owner/name"],
+        "objective/next_token": ["sampler=left_to_right", *LANGUAGE_OBJECTIVE],
+        "sampler/left_to_right": ["objective=next_token", *LANGUAGE_OBJECTIVE],
+        "puzzles/arc": ["experiment=trm_arc"],
+        "puzzles/sudoku_extreme": ["puzzles.path=README.md"],
+        "puzzles/maze_hard": ["puzzles.path=README.md"],
+    }
+    task = []
+    if group == "puzzles" or option.startswith("trm") or f"{group}/{option}" == "optimizer/adam_atan2":
+        task = ["experiment=trm_sudoku4"]
+    if option == "trm_repair" or group == "repair":
+        task = ["experiment=repair_trm"]
+    if group == "model" and option.startswith("mamba"):
+        task = ["experiment=mamba_stdlib"]
+    return [*task, *extra.get(f"{group}/{option}", [])]
 
 
 @pytest.mark.parametrize(("verb", "kind"), [("train", Train), ("evaluate", Evaluate), ("doctor", Doctor)])
@@ -29,27 +54,41 @@ def test_every_verb_builds_without_overrides(verb, kind):
     assert isinstance(build(compose_config(verb, overrides)), kind)
 
 
-def test_sample_builds():
-    assert isinstance(build(compose_config("sample", ["model.path=somewhere"])), Sample)
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        ("sample", Sample),
+        ("sample_puzzle", PuzzleSample),
+        ("sample_repair", RepairSample),
+        ("evaluate_puzzle", PuzzleEvaluate),
+        ("evaluate_repair", RepairEvaluate),
+    ],
+)
+def test_the_verbs_of_a_model_build(config, kind):
+    assert isinstance(build(compose_config(config, ["model.path=somewhere"])), kind)
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_builds_and_has_a_header(experiment):
     job = build(compose_config("train", [f"experiment={experiment}"]))
-    assert isinstance(job, Train) and job.run.name == experiment
+    assert isinstance(job, job_kind(experiment)) and job.run.name == experiment
     header = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().split("\n\n")[0]
     assert header.startswith("# @package _global_\n# python -m experiments.train")
     assert "# Hardware: " in header and "Expected: " in header
 
 
-GROUPS = ("data", "tokenizer", "model", "objective", "optimizer", "trainer", "sampler", "kernels", "mesh")
+GROUPS = (
+    "data", "tokenizer", "model", "objective", "optimizer", "trainer", "sampler", "kernels", "mesh",
+    "puzzles", "repair",
+)  # fmt: skip
 CHOICES = [(group, option) for group in GROUPS for option in options(group) if (group, option) != ("model", "exported")]
 
 
 @pytest.mark.parametrize(("group", "option"), CHOICES)
 def test_every_option_of_every_group_builds(group, option):
-    job = build(compose_config("train", [f"{group}={option}", *needs(group, option)]))
-    assert isinstance(job, Train)
+    place = "repair@data" if group == "repair" else group
+    job = build(compose_config("train", [*needs(group, option), f"{place}={option}"]))
+    assert isinstance(job, Train | PuzzleTrain | RepairTrain)
 
 
 @pytest.mark.parametrize("sweep", [name for name in options("sweep") if name != "none"])

@@ -74,7 +74,7 @@ def to_labels(
 def to_texts(
     codec: Codec, boards: Int[np.ndarray, "batch cells"], inputs: Int[np.ndarray, "batch height width"]
 ) -> list[str]:
-    """The texts of a model's answers; a newline that the last line lacks is put there, as every function ends in one."""
+    """The texts of a model's answers, each ended by a newline, as every function is."""
     grids = np.maximum(np.asarray(boards).reshape(inputs.shape) - 1, PAD)
     grids = np.where(rows_in_reach(inputs)[..., None], grids, PAD)
     return [_ended(codec.decode(grid)) for grid in grids]

@@ -6,7 +6,7 @@ a function comes back with another fault each epoch, whatever the batch size and
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
