@@ -17,10 +17,11 @@ SMOKE = (
     "run.dir=trained",
     "pipeline.batch=8",
 )
+NO_HEADS = ("~model.heads", "~model.mlp_width", "model.layers=1", "model.width=16")
 MODELS = {
     "transformer": (),
-    "mamba": ("model=mamba_tiny", "~model.heads", "~model.mlp_width", "model.layers=1", "model.width=16"),
-    "mamba2": ("model=mamba2_tiny", "~model.heads", "~model.mlp_width", "model.layers=1", "model.width=16"),
+    "mamba": ("model=mamba_tiny", *NO_HEADS),
+    "mamba2": ("model=mamba2_tiny", *NO_HEADS, "model.head_dim=8"),
 }
 
 

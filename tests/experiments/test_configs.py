@@ -34,11 +34,14 @@ def needs(group: str, option: str) -> list[str]:
         "data/hub": ["data.name=owner/name"],
         "objective/next_token": ["sampler=left_to_right", *LANGUAGE_OBJECTIVE],
         "sampler/left_to_right": ["objective=next_token", *LANGUAGE_OBJECTIVE],
-        "puzzles/arc": ["experiment=trm_arc"],
-        "puzzles/sudoku_extreme": ["puzzles.path=README.md"],
-        "puzzles/maze_hard": ["puzzles.path=README.md"],
+        "puzzles/arc": ["puzzles.path=tasks"],
+        "puzzles/sudoku_extreme": ["puzzles.path=boards"],
+        "puzzles/maze_csv": ["puzzles.path=mazes"],
+        "experiment/trm_arc": ["puzzles.path=tasks"],
     }
     task = []
+    if group == "experiment":
+        return extra.get(f"{group}/{option}", [])
     if group == "puzzles" or option.startswith("trm") or f"{group}/{option}" == "optimizer/adam_atan2":
         task = ["experiment=trm_sudoku4"]
     if option == "trm_repair" or group == "repair":
@@ -70,7 +73,7 @@ def test_the_verbs_of_a_model_build(config, kind):
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_builds_and_has_a_header(experiment):
-    job = build(compose_config("train", [f"experiment={experiment}"]))
+    job = build(compose_config("train", [f"experiment={experiment}", *needs("experiment", experiment)]))
     assert isinstance(job, job_kind(experiment)) and job.run.name == experiment
     header = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().split("\n\n")[0]
     assert header.startswith("# @package _global_\n# python -m experiments.train")
