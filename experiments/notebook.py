@@ -26,7 +26,8 @@ from experiments.train import run_trainer, training_metrics
 from experiments.wiring import Loaded
 from ruvjax.core.params import count
 from ruvjax.data.pipeline import Corpus, load_corpus
-from ruvjax.errors import RuvjaxError
+from ruvjax.diffusion.loss import DiffusionLoss
+from ruvjax.errors import ConfigError, RuvjaxError
 from ruvjax.training import report
 from ruvjax.training.checkpoint import latest, restore
 from ruvjax.training.plots import loss_curves
@@ -84,12 +85,18 @@ class Experiment:
 
     @classmethod
     def from_config(cls, name: str = "stdlib_5min", *overrides: str) -> "Experiment":
-        """The experiment `configs/experiment/<name>.yaml` with overrides as on the command line. Raises ConfigError."""
+        """The experiment `configs/experiment/<name>.yaml` with overrides as on the command line. Raises ConfigError, also
+        where it is no language model's: those of puzzles and code repair run from the command line only."""
         typed = (f"experiment={name}", *overrides)
         composed = compose_config("train", typed)
         plain = OmegaConf.to_container(composed, resolve=True)
         assert isinstance(plain, dict)
-        return cls(build(composed), plain, typed)  # pyright: ignore[reportArgumentType]
+        job = build(composed)
+        if not isinstance(job, Train):
+            raise ConfigError(
+                f"experiment={name} trains no language model", f"python -m experiments.train experiment={name}"
+            )
+        return cls(job, plain, typed)  # pyright: ignore[reportArgumentType]
 
     @property
     def corpus(self) -> Corpus:
@@ -169,7 +176,7 @@ class Experiment:
         facts = {
             "experiment": job.run.name,
             "model": f"{job.model.layers} layers x {job.model.width}, {count(job.model):,} parameters",
-            "objective": job.objective.kind,
+            "objective": job.objective.kind if isinstance(job.objective, DiffusionLoss) else "next token",
             "data": f"{type(job.data).__name__}, {job.tokenizer.kind}, {job.pipeline.batch} x {job.pipeline.length}",
             "length": f"{job.trainer.steps} steps" if job.trainer.steps else f"{job.trainer.max_seconds:.0f} s",
         }

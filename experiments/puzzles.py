@@ -19,6 +19,7 @@ from experiments.fitting import fit_state
 from experiments.puzzle_arc import SUBMISSION, answer_by_vote
 from experiments.puzzle_scoring import Score, Share, describe, first_rows, lookup, score
 from experiments.puzzle_settings import PuzzleDrawing, PuzzleEvaluate, PuzzleSample, PuzzleSource, PuzzleTrain
+from experiments.repair_settings import RepairTrain
 from experiments.settings import Launch, ModelPath
 from experiments.terminal import note
 from ruvjax.core import allocator
@@ -117,7 +118,9 @@ def fit_board(model: TinyRecursive, puzzles: PuzzleSet) -> TinyRecursive:
     return dataclasses.replace(model, **wanted)
 
 
-def training_parts(job: PuzzleTrain, model: TinyRecursive, batch: Any, mesh: Any) -> tuple[TrainState, Step]:
+def training_parts(
+    job: PuzzleTrain | RepairTrain, model: TinyRecursive, batch: Any, mesh: Any
+) -> tuple[TrainState, Step]:
     """The state before the first step and the step itself. Parameters depend on `job.seed` and on nothing else."""
     optimizer = build_optimizer(job.optimizer, model.spec())
     params_key, run_key = jax.random.split(jax.random.key(job.seed))
@@ -125,7 +128,9 @@ def training_parts(job: PuzzleTrain, model: TinyRecursive, batch: Any, mesh: Any
     params = jax.jit(partial(init, model), out_shardings=layout)(params_key)
     # `batch` gives only shapes; of several processes each sees its own rows, and the carry spans them all.
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((job.pipeline.batch, *x.shape[1:]), x.dtype), batch)
-    carry = jax.jit(lambda params: init_carry(model, params, rows), out_shardings=wiring.batch_layout(mesh))(params)
+    carry = jax.jit(
+        lambda params: init_carry(model, params, rows, job.objective), out_shardings=wiring.batch_layout(mesh)
+    )(params)
     state = init_state(params, optimizer, run_key, ema=job.optimizer.ema > 0, carry=carry)
     loss = objective(model, job.objective, job.kernels.attention_impl)
     rate = partial(learning_rate, job.optimizer)

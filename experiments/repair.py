@@ -176,7 +176,7 @@ def export(folder: Path, repairer: Repairer, source: RepairSource) -> None:
 
 def load(path: ModelPath, impl: str | None = None) -> tuple[Repairer, RepairSource]:
     """The exported model at `path` and the corpus it was trained on. Raises InputError."""
-    folder = puzzles.wiring_folder(path)
+    folder = puzzles.model_folder(path)
     model, params, settings = load_trm(folder, MODEL_TYPE)
     codec = load_codec(folder / CODEC)
     if (codec.height, codec.width, grids.vocabulary(codec)) != (model.rows, model.columns, model.vocab_size):

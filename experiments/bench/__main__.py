@@ -1,9 +1,9 @@
 """Measure ours against peers: `python -m experiments.bench name=diffusion [peer.path=DIR] [peer.python=PATH]`.
 
-    name         which benchmark: diffusion
+    name         which benchmark: diffusion, mamba, trm
     rows         only these rows, separated by commas (default: all; the file then keeps the other rows it had)
     rounds       how often the sides take turns (default 3)
-    peer.path    a checkout of the peer that has to be imported from one (tiny-diffusion)
+    peer.path    a checkout of the peer that has to be imported from one (tiny-diffusion, TinyRecursiveModels)
     peer.python  the interpreter that has torch (default: this one; the extra `parity` brings torch)
 
 Each side runs in a process of its own, in turn, with its best allocator; compile time is apart; medians are compared.
@@ -22,12 +22,15 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.bench.measure import Side, alternate, available
-from experiments.bench.rows import BENCHMARKS, Row
+from experiments.bench.rows import Row, diffusion
+from experiments.bench.rows_mamba import mamba
+from experiments.bench.rows_trm import trm
 from experiments.build import nearest
 from ruvjax.core.backend import compute_threads
 from ruvjax.core.files import write_json
 from ruvjax.errors import ConfigError, RunError, RuvjaxError
 
+BENCHMARKS = {"diffusion": diffusion, "mamba": mamba, "trm": trm}
 RESULTS = Path(__file__).resolve().parent / "results"
 USAGE = "usage: python -m experiments.bench name=NAME [rows=A,B] [rounds=3] [peer.path=DIR] [peer.python=PATH]"
 
@@ -93,7 +96,9 @@ def measure(row: Row, job: Job, console: Console) -> tuple[dict[str, Any], Side]
         "unit": row.unit,
         "peer": row.peer.title,
         "ratio": None if theirs is None else rates[0] / rates[1],
-        "limit_share": None,
+        "limit_share": ours.limit_share,
+        "ours_peak_bytes": ours.peak_bytes,
+        "theirs_peak_bytes": None if theirs is None else theirs.peak_bytes,
         "ours_settings": ours.settings,
         "ours_parameters": ours.parameters,
         "ours_compile_s": ours.compile_seconds,
@@ -124,10 +129,11 @@ def keep(path: Path, result: dict[str, Any], order: list[str]) -> None:
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table("row", "ours", "theirs", "unit", "ratio", "peer", "our settings", "their settings")
     for row in rows:
-        theirs = "-" if row["theirs"] is None else f"{row['theirs']:,.0f}"
+        digits = 0 if row["unit"] == "tokens/s" else 3
+        theirs = "-" if row["theirs"] is None else f"{row['theirs']:,.{digits}f}"
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
         settings = (row["ours_settings"], row["theirs_settings"] or "-")
-        table.add_row(row["name"], f"{row['ours']:,.0f}", theirs, row["unit"], ratio, row["peer"], *settings)
+        table.add_row(row["name"], f"{row['ours']:,.{digits}f}", theirs, row["unit"], ratio, row["peer"], *settings)
     console.print(table)
 
 

@@ -27,12 +27,14 @@ GLIBC = {
 class Program:
     """One side: a module of ours (it has no .py), or a script of this folder that a peer's interpreter runs.
 
-    needs_path: it imports a project from a checkout (`peer.path`).
+    checkout: a file by which the project that it imports from `peer.path` is known, "" where it needs none.
+    imports: the modules that its interpreter must have.
     """
 
     title: str
     source: str
-    needs_path: bool = False
+    checkout: str = ""
+    imports: tuple[str, ...] = ("torch",)
 
     @property
     def is_ours(self) -> bool:
@@ -49,6 +51,8 @@ class Side:
     parameters: int
     device: str
     versions: Mapping[str, str]
+    limit_share: float | None = None  # of the matmul rate measured beside it
+    peak_bytes: int | None = None
 
     @property
     def median(self) -> float:
@@ -89,15 +93,16 @@ def launch(program: Program, job: Mapping[str, Any], settings: Mapping[str, str]
 
 def available(program: Program, python: str, path: str) -> str:
     """Why the peer cannot run, or "". Raises InputError for a `peer.path` that is not the project."""
-    probe = subprocess.run([python, "-c", "import torch"], capture_output=True)
+    names = ", ".join(program.imports)
+    probe = subprocess.run([python, "-c", f"import {names}"], capture_output=True)
     if probe.returncode:
-        return f"{python} has no torch: install the extra `parity`, or give peer.python"
-    if not program.needs_path:
+        return f"{python} cannot import {names}: install the extra `parity`, or give peer.python"
+    if not program.checkout:
         return ""
     if not path:
         return f"give a checkout of {program.title} as peer.path"
-    if not (Path(path) / "training.py").is_file():
-        raise InputError(f"peer.path={path}: no checkout of {program.title} there (it has a training.py)")
+    if not (Path(path) / program.checkout).is_file():
+        raise InputError(f"peer.path={path}: no checkout of {program.title} there (it has a {program.checkout})")
     return ""
 
 
@@ -123,6 +128,15 @@ def alternate(
             full = {**job, "dtype": variant[2], "threads": threads}
             collected += launch(program, full, variant[1], python)["seconds"]
     return [
-        Side(tuple(s), r["first"], variant[0], r["parameters"], r["device"], r["versions"])
+        Side(
+            tuple(s),
+            r["first"],
+            variant[0],
+            r["parameters"],
+            r["device"],
+            r["versions"],
+            r.get("limit_share"),
+            r.get("step_bytes"),
+        )
         for s, (r, variant) in zip(seconds, best)
     ]

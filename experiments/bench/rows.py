@@ -8,19 +8,19 @@ from experiments.bench.measure import Program
 
 OURS = Program("ours", "experiments.bench.ours_diffusion")
 TORCH = Program("plain torch", "peer_torch.py")
-TINY = Program("tiny-diffusion", "peer_tiny_diffusion.py", needs_path=True)
+TINY = Program("tiny-diffusion", "peer_tiny_diffusion.py", checkout="training.py")
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of the table. `job` goes to both programs, `ours` and `theirs` hold what only one of them is told.
 
-    tokens: how many tokens one timed repetition processes (or, in sampling, generates). dtypes: the dtypes tried, of
-    which each side keeps its fastest.
+    tokens: how many units one timed repetition processes (tokens; in sampling those generated; steps). dtypes: the
+    dtypes tried, of which each side keeps its fastest.
     """
 
     name: str
-    unit: Literal["tokens/s"]
+    unit: Literal["tokens/s", "steps/s"]
     job: Mapping[str, Any]
     tokens: int
     program: Program
@@ -57,6 +57,3 @@ def diffusion() -> list[Row]:
         Row("train_tiny_diffusion", "tokens/s", tiny, 16 * 256, OURS, TINY, alike),
         Row("sample_llada_loop", "tokens/s", sampling, 16 * 128, OURS, TORCH, {}, ("float32", "bfloat16")),
     ]
-
-
-BENCHMARKS = {"diffusion": diffusion}

@@ -4,7 +4,7 @@ from experiments.bench.measure import Program
 from experiments.bench.rows import Row
 
 OURS = Program("ours", "experiments.bench.ours_mamba")
-MAMBAPY = Program("mambapy", "peer_mambapy.py")
+MAMBAPY = Program("mambapy", "peer_mambapy.py", imports=("torch", "mambapy"))
 SIZE = {"vocab_size": 8192, "layers": 4, "width": 256, "state": 16}
 
 

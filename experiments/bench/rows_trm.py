@@ -4,7 +4,9 @@ from experiments.bench.measure import Program
 from experiments.bench.rows import Row
 
 OURS = Program("ours", "experiments.bench.ours_trm")
-OFFICIAL = Program("TinyRecursiveModels", "peer_trm.py", needs_path=True)
+OFFICIAL = Program(
+    "TinyRecursiveModels", "peer_trm.py", "models/recursive_reasoning/trm.py", ("torch", "einops", "pydantic")
+)
 
 SHAPE = {
     "vocab_size": 11,

@@ -299,6 +299,8 @@ class DiffusionModel:
         except errors.InputError as error:
             raise ModelError.LoadError(str(error), error.hint) from error
         source = str(folder / "config.json")
+        if not isinstance(network, Transformer):
+            raise ModelError.LoadError(f"{source}: this is a Mamba, and no diffusion transformer", "ruvjax.api.repair")
         block_size = files.diffusion.get("block_size", 0)
         if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 0:
             raise ModelError.ConfigError(f"{source}: block_size={block_size!r}", "export the model again")

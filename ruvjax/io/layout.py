@@ -83,9 +83,9 @@ def own_config(model: Network, tokens: Mapping[str, int | None], diffusion: Mapp
 
 def is_own(config: Mapping[str, Any]) -> bool:
     """Whether an export of ours holds this config.json."""
-    return config.get("model_type") == MODEL_TYPE or (
-        "format_version" in config and not OWN_KEYS.keys().isdisjoint(config)
-    )
+    family = config.get("model_type")
+    published = family in mamba_layout.FAMILIES and family in config and "format_version" in config
+    return family == MODEL_TYPE or published
 
 
 def read_network(config: Mapping[str, Any], source: str) -> Network:

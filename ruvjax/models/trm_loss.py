@@ -38,6 +38,8 @@ class TrmLoss:
     of the halting logit against "every labelled cell is right". Labels of 0 (padding) or less are not learned. A row
     halts when its logit is above 0 or after `max_steps`; with probability `explore` not before U{2..max_steps} steps.
     changed: how much more a cell counts whose answer is not what stands in the question (1: all alike).
+    stagger: the first puzzles of the rows get from 1 to max_steps steps, in turn. Without it, as published, rows that
+    do not halt early all change puzzles in the same update, and a small batch is the same few boards over and over.
     """
 
     max_steps: int = 16
@@ -45,6 +47,7 @@ class TrmLoss:
     halt_weight: float = 0.5
     stablemax: bool = True
     changed: float = 1.0
+    stagger: bool = False
 
     def __post_init__(self):
         if not isinstance(self.max_steps, int) or isinstance(self.max_steps, bool) or self.max_steps < 1:
@@ -57,15 +60,19 @@ class TrmLoss:
             raise ConfigError(f"objective.halt_weight={self.halt_weight!r} must be a number of at least 0")
 
 
-def init_carry(model: TinyRecursive, params: Any, batch: Any) -> Carry:
-    """The carry before the first step: every row counts as halted, so that the first batch fills them all."""
+def init_carry(model: TinyRecursive, params: Any, batch: Any, loss: TrmLoss | None = None) -> Carry:
+    """The carry before the first step: every row counts as halted, so that the first batch fills them all.
+
+    For a `loss` that staggers, steps below 0 say how many the row's first puzzle counts as having had.
+    """
     rows = batch.inputs.shape[0]
+    ahead = jnp.arange(rows, dtype=jnp.int32) % (loss.max_steps if loss is not None and loss.stagger else 1)
     return Carry(
         latent=jax.tree.map(jnp.copy, model.init_latent(params, rows)),
         inputs=jnp.zeros(batch.inputs.shape, jnp.int32),
         labels=jnp.zeros(batch.labels.shape, jnp.int32),
         puzzle=jnp.zeros((rows,), jnp.int32),
-        steps=jnp.zeros((rows,), jnp.int32),
+        steps=-ahead,
         halted=jnp.ones((rows,), bool),
     )
 
@@ -77,7 +84,7 @@ def refill(model: TinyRecursive, params: Any, carry: Carry, batch: Any) -> Carry
         inputs=batch.inputs,
         labels=batch.labels,
         puzzle=batch.puzzle,
-        steps=jnp.zeros_like(carry.steps),
+        steps=jnp.maximum(-carry.steps, 0),
         halted=jnp.zeros_like(carry.halted),
     )
 

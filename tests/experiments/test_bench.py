@@ -32,7 +32,7 @@ def test_the_rows_and_their_sizes():
             16,
             256,
         )
-    assert found["train_bf16_4x128"].dtypes == ("bfloat16",) and found["train_tiny_diffusion"].peer.needs_path
+    assert found["train_bf16_4x128"].dtypes == ("bfloat16",) and found["train_tiny_diffusion"].peer.checkout
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,19 @@ def test_halted_rows_are_refilled_and_others_go_on():
     assert np.abs(np.asarray(after.latent.answer[1] - fresh.latent.answer[1])).max() > 1e-3
 
 
+def test_staggered_rows_change_puzzles_in_turn():
+    model, params = tiny()
+    loss = TrmLoss(max_steps=4, explore=0.0, stagger=True)
+    params = params.replace(halt_bias=params.halt_bias - 100.0)  # nobody halts before the last step
+    goal = jax.jit(objective(model, loss))
+    carry = init_carry(model, params, boards(), loss)
+    halted = []
+    for step in range(8):
+        _, (carry, _) = goal(params, carry, boards(first=4 * step), jax.random.key(0))
+        halted.append(np.asarray(carry.halted))
+    np.testing.assert_array_equal(np.array(halted), np.tile(np.eye(4, dtype=bool)[::-1], (2, 1)))
+
+
 def test_the_minimum_of_steps_is_drawn_by_sample_number():
     loss = TrmLoss(max_steps=16, explore=0.5)
     index = jnp.arange(4000, dtype=jnp.int32)
