@@ -85,8 +85,10 @@ class Experiment:
 
     @classmethod
     def from_config(cls, name: str = "stdlib_5min", *overrides: str) -> "Experiment":
-        """The experiment `configs/experiment/<name>.yaml` with overrides as on the command line. Raises ConfigError, also
-        where it is no language model's: those of puzzles and code repair run from the command line only."""
+        """The experiment `configs/experiment/<name>.yaml` with overrides as on the command line.
+
+        Raises ConfigError, also where it trains no language model: puzzles and code repair run from a shell only.
+        """
         typed = (f"experiment={name}", *overrides)
         composed = compose_config("train", typed)
         plain = OmegaConf.to_container(composed, resolve=True)

@@ -25,6 +25,7 @@ from ruvjax.data.repair.codec import Codec, load_codec
 from ruvjax.data.repair.evaluate import baselines, score, table
 from ruvjax.data.repair.pairs import Pair, RepairCorpus, RepairSource
 from ruvjax.data.repair.sandbox import Limits
+from ruvjax.data.repair.syntax import parse
 from ruvjax.errors import ConfigError, InputError
 from ruvjax.io.trm import load_trm, save_trm
 from ruvjax.models.trm import TinyRecursive, solve
@@ -47,8 +48,24 @@ class Repairer:
     steps: int
     impl: str | None = None
 
-    def repair(self, texts: Sequence[str], batch: int, steps: int = 0) -> list[str]:
-        """The repaired texts. Raises InputError for one that does not fit the grid."""
+    def repair(self, texts: Sequence[str], batch: int, steps: int = 0, rounds: int = 1) -> list[str]:
+        """The repaired texts. In each further round those that do not parse yet, and changed, are repaired again.
+
+        Raises InputError for a text that does not fit the grid.
+        """
+        found = self._once(texts, batch, steps)
+        for _ in range(rounds - 1):
+            again = [
+                number
+                for number, (text, before) in enumerate(zip(found, texts))
+                if text != before and parse(text) is None and self.codec.fits(text)
+            ]
+            texts = found
+            for number, text in zip(again, self._once([found[number] for number in again], batch, steps)):
+                found = [*found[:number], text, *found[number + 1 :]]
+        return found
+
+    def _once(self, texts: Sequence[str], batch: int, steps: int) -> list[str]:
         found: list[str] = []
         for first in range(0, len(texts), batch):
             part = np.stack([self.codec.encode(text) for text in texts[first : first + batch]])
@@ -147,7 +164,7 @@ def judge(
     limits = Limits()
     # another seed than that of the corruption in training; all kinds alike, so that rare ones can be judged too
     pairs = corpus.held_out(split, settings.pairs, seed + 1, True, limits if settings.run_tests else None)
-    texts = repairer.repair([pair.broken for pair in pairs], settings.batch, settings.steps)
+    texts = repairer.repair([pair.broken for pair in pairs], settings.batch, settings.steps, settings.rounds)
     answers = {"model": texts, **baselines(pairs)}
     scores = {name: score(pairs, repaired, limits) for name, repaired in answers.items()}
     tables = {measure: table(scores, measure) for measure in ("exact", "parses", "passes")}
@@ -212,7 +229,7 @@ def sample(job: RepairSample, launch: Launch) -> Path:
     if not text.strip():
         raise InputError("there is no function to repair", "sample.prompt='...' or sample.file=PATH")
     text = text if text.endswith("\n") else text + "\n"
-    repaired = repairer.repair([text], 1, job.sample.steps)[0]
+    repaired = repairer.repair([text], 1, job.sample.steps, job.sample.rounds)[0]
     with launch.folder(job.run) as folder:
         provenance = collect_provenance({"seed": job.seed}, vars(allocator.report()))
         folder.write_provenance(provenance)

@@ -35,18 +35,20 @@ class RepairEvaluation:
     """How repairs are judged: `steps` supervision steps (0: as in training), `pairs` held-out faults (all kinds alike),
     `valid_pairs` at each trainer.eval_every, `shown` of them as a diff in the report.
 
-    run_tests: run the repaired functions on sampled inputs, in a sandbox, where the original is pure.
+    run_tests: run the repaired functions on sampled inputs, in a sandbox, where the original is pure. rounds: how often
+    a text that does not parse yet is repaired; the parser's word on the last answer is then part of the question.
     """
 
     batch: int = 32
     steps: int = 0
+    rounds: int = 3
     pairs: int = 1200
     valid_pairs: int = 96
     shown: int = 8
     run_tests: bool = True
 
     def __post_init__(self):
-        _at_least("evaluation", self, batch=1, steps=0, pairs=1, valid_pairs=1, shown=0)
+        _at_least("evaluation", self, batch=1, steps=0, rounds=1, pairs=1, valid_pairs=1, shown=0)
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,16 @@ class RepairEvaluate:
 
 @dataclass(frozen=True)
 class RepairPrompt:
-    """The function to repair, as text or in a file. steps: supervision steps (0: as in training)."""
+    """The function to repair, as text or in a file. steps: supervision steps (0: as in training); rounds: as in
+    `RepairEvaluation`."""
 
     prompt: str = ""
     file: str = ""
     steps: int = 0
+    rounds: int = 3
 
     def __post_init__(self):
-        _at_least("sample", self, steps=0)
+        _at_least("sample", self, steps=0, rounds=1)
         if self.prompt and self.file:
             raise ConfigError("sample.prompt and sample.file exclude each other", "leave one of them empty")
 

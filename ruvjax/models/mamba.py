@@ -76,7 +76,7 @@ class Mamba:
     state: numbers per channel (N). conv: taps of the causal convolution. dt_rank 0 means width / 16, rounded up. Step
     sizes start log-uniform in [dt_min, dt_max], at least dt_floor. direction: "both" adds a scan from right to left
     with weights of its own, for use as a denoiser; such a model has no cache. remat recomputes each layer in the
-    backward pass, which bounds memory for long rows. dtype, unroll: as in the transformer.
+    backward pass, from left to right in spans of 2048 positions: for long rows. dtype, unroll: as in the transformer.
     """
 
     vocab_size: int = 4096
@@ -190,7 +190,8 @@ class Mamba:
         def block(x: jax.Array, w: Layer, window: jax.Array | None, state: jax.Array | None, rows: Rows | None):
             return self._block(x, w, window, state, rows, impl)
 
-        stack = Stack(self.layers, self.norm_eps, self.dtype, self.unroll, self.remat)
+        empty = None if self.direction == "both" else self.empty_cache
+        stack = Stack(self.layers, self.norm_eps, self.dtype, self.unroll, self.remat, empty)
         return stack.run(block, params, tokens, segments, cache, logits, trace)
 
     def head(self, params: MambaParams, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:

@@ -185,7 +185,8 @@ class Mamba2:
         def block(x: jax.Array, w: Layer, window: jax.Array | None, state: jax.Array | None, rows: Rows | None):
             return self._block(x, w, window, state, rows, impl)
 
-        stack = Stack(self.layers, self.norm_eps, self.dtype, self.unroll, self.remat)
+        empty = None if self.direction == "both" else self.empty_cache
+        stack = Stack(self.layers, self.norm_eps, self.dtype, self.unroll, self.remat, empty)
         return stack.run(block, params, tokens, segments, cache, logits, trace)
 
     def head(self, params: Mamba2Params, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:

@@ -17,6 +17,8 @@ from ruvjax.core.model import Output
 from ruvjax.core.norm import rms_norm
 from ruvjax.errors import ConfigError
 
+SPAN = 2048  # positions of a layer whose activations are in memory at a time where they are recomputed
+
 
 @struct.dataclass
 class Cache:
@@ -151,13 +153,15 @@ Block = Callable[[jax.Array, Any, jax.Array | None, jax.Array | None, Rows | Non
 
 @dataclass(frozen=True)
 class Stack:
-    """How the layers of a family are run: the settings that are the same for both."""
+    """How the layers of a family are run: the settings that are the same for both. `empty` makes the cache of so many
+    rows; None for a model that has none."""
 
     layers: int
     norm_eps: float
     dtype: str
     unroll: bool
     remat: bool
+    empty: Callable[[int], Cache] | None
 
     def run(
         self,
@@ -179,7 +183,7 @@ class Stack:
             else:
                 tokens = jnp.take_along_axis(tokens, source, axis=1)
         x = embed(tokens, params.embedding).astype(jnp.promote_types(dtype, jnp.float32))
-        run = jax.checkpoint(cast(Any, block)) if self.remat and cache is None else block
+        run = self._recomputed(block, tokens.shape[1]) if self.remat and cache is None else block
         inner = [x]
         if self.unroll:
             windows, states = [], []
@@ -213,6 +217,38 @@ class Stack:
             segment = jnp.maximum(cache.segment, 1) if rows is None else rows.segment
             aux["cache"] = Cache(left[0], left[1], segment)
         return Output(head(params, hidden) if logits else None, hidden, aux)
+
+    def _recomputed(self, block: Block, length: int) -> Block:
+        """`block` with nothing kept for its backward pass but its input, taken `SPAN` positions at a time: what a span
+        leaves behind is what a cache holds. Memory is then the residual stream and one span of one layer."""
+        if self.empty is None or length <= SPAN:
+            return jax.checkpoint(cast(Any, block))
+        empty, count = self.empty, -(-length // SPAN)
+
+        def cut(value: jax.Array) -> jax.Array:
+            filled = ((0, 0), (0, count * SPAN - length), *((0, 0),) * (value.ndim - 2))
+            return jnp.moveaxis(jnp.pad(value, filled).reshape(value.shape[0], count, SPAN, *value.shape[2:]), 1, 0)
+
+        def spans(x: jax.Array, weights: Any, window: Any, state: Any, rows: Rows | None):
+            def span(carry: Any, now: tuple[jax.Array, Rows | None]):
+                after, *carry = block(now[0], weights, *carry, now[1])
+                return carry, after
+
+            cache = empty(x.shape[0])
+            parts = None if rows is None else _spans_of(rows, cut)
+            carry = [cache.conv[:, 0], cache.state[:, 0]]
+            carry, after = lax.scan(jax.checkpoint(span), carry, (cut(x), parts))
+            return jnp.moveaxis(after, 0, 1).reshape(x.shape[0], -1, x.shape[-1])[:, :length], None, carry[1]
+
+        return spans
+
+
+def _spans_of(rows: Rows, cut: Callable[[jax.Array], jax.Array]) -> Rows:
+    """The rows of each span: the runs are counted from the one that the span before ended in."""
+    real, run, reset = cut(rows.real), cut(rows.run), cut(rows.reset)
+    before = jnp.concatenate([jnp.zeros_like(run[:1, :, -1]), run[:-1, :, -1]])
+    count = jnp.sum(real, axis=2, dtype=jnp.int32)
+    return Rows(real=real, run=run - before[:, :, None], reset=reset, count=count, segment=count)
 
 
 def head(params: Any, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:

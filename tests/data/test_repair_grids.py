@@ -38,8 +38,9 @@ def test_an_empty_grid_has_reach_too(codec):
 
 def test_the_parser_marks_its_row_and_token(codec):
     marks = grids.parser_marks(codec, codec.encode(BROKEN))
-    assert set(np.unique(marks[0])) == {1, 2} and (marks[1:] == 0).all()
-    assert (marks[0] == 2).sum() == 1
+    expected = 1 + grids.MESSAGES.index("expected ':'")
+    assert set(np.unique(marks[0])) == {expected, grids.STOPPED} and (marks[1:] == 0).all()
+    assert (marks[0] == grids.STOPPED).sum() == 1
     assert (grids.parser_marks(codec, codec.encode(FIXED)) == 0).all()
     question = grids.to_questions(codec, codec.encode(BROKEN)[None])
     vocabulary = grids.vocabulary(codec)
@@ -47,10 +48,37 @@ def test_the_parser_marks_its_row_and_token(codec):
     np.testing.assert_array_equal((question // vocabulary).reshape(8, 16), marks)
 
 
-def test_where_the_token_stands(codec):
-    """A stray bracket in the second line: the mark is on it, not on its neighbours."""
-    text = "def f(a, b):\n    c = a + b)\n    return c\n"
+@pytest.mark.parametrize(
+    ("text", "mark", "bracket"),
+    [
+        ("def f(a, b):\n    c = a + b)\n    return c\n", grids.STOPPED, ")"),  # it stops at the bracket itself
+        ("def f(a, b):\n    c = [a + b\n    return c\n", grids.STOPPED, "["),
+        ("def f(a, b):\n    c = (a + b]\n    return c\n", grids.UNMATCHED, "("),
+    ],
+)
+def test_brackets_without_a_partner(codec, text, mark, bracket):
     grid = codec.encode(text)
-    row = codec.tokens
-    (place,) = np.flatnonzero(grids.parser_marks(codec, grid)[1] == 2)
-    assert row[grid[1, place]] == b")"
+    marks = grids.parser_marks(codec, grid)
+    (row,), (column,) = np.nonzero(marks == mark)
+    assert codec.tokens[grid[row, column]].strip() == bracket.encode()
+
+
+def test_brackets_in_strings_do_not_count(codec):
+    text = "def f(a, b)\n    c = '('\n    return c\n"
+    assert not (grids.parser_marks(codec, codec.encode(text)) == grids.UNMATCHED).any()
+
+
+def test_every_mark_is_below_the_number_of_marks(codec):
+    for text in (
+        BROKEN,
+        "x = = 1\n",
+        "  x\n",
+        "if x:\ny\n",
+        "f(a b)\n",
+        "(\n",
+        ")\n",
+        "def f((a)):\n    pass\n",
+        "\x00\n",
+    ):
+        marks = grids.parser_marks(codec, codec.encode(text))
+        assert 0 <= marks.min() and marks.max() < grids.MARKS and (marks.any() or text == "\x00\n")

@@ -1,9 +1,10 @@
 """Repair grids as the boards of a recursive model, with what Python's parser says of them.
 
 On a board 0 means "not learned", as for puzzles, and id i of the codec is token i + 1. A question's cells carry a mark
-(token + vocabulary * mark): MARKS kinds, none, "the parser stopped in this row", and "at this token", as a programmer
-would see it; a text that parses has none. The answer is learned in the rows that the broken text fills and the two
-after it; below them nothing can change, and an answer is cut there.
+(token + vocabulary * mark), what a programmer would be told: in the row where the parser stopped the kind of its
+message, at the token where it stopped STOPPED, and UNMATCHED at brackets without a partner. A text that parses has none
+(messages differ a little between Python versions; a model wants the version it was trained with). The answer is learned
+in the rows that the broken text fills and the two after it; below them nothing can change, and an answer is cut there.
 """
 
 import ast
@@ -16,9 +17,25 @@ from jaxtyping import Bool, Int
 from ruvjax.data.puzzles.stream import PuzzleBatch
 from ruvjax.data.repair.codec import PAD, Codec
 from ruvjax.data.repair.pairs import RepairStream
+from ruvjax.data.repair.syntax import CLOSING, OPENING, lex
 
 BELOW = 2  # learned rows after the last one of the broken text
-MARKS = 3
+# What the parser says, by how its message begins; the last kind is any other message.
+MESSAGES = (
+    "expected ':'",
+    "expected an indented block",
+    "unexpected indent",
+    "unindent does not match",
+    "unmatched",
+    "closing parenthesis",
+    "invalid syntax. Perhaps you forgot a comma",
+    "invalid syntax",
+)
+NEVER_CLOSED = len(MESSAGES) + 1  # "'(' was never closed" begins with the bracket
+OTHER = NEVER_CLOSED + 1
+STOPPED = OTHER + 1
+UNMATCHED = STOPPED + 1
+MARKS = UNMATCHED + 1
 
 
 def rows_in_reach(grids: Int[np.ndarray, "batch height width"]) -> Bool[np.ndarray, "batch height"]:
@@ -46,22 +63,52 @@ def to_questions(
 
 
 def parser_marks(codec: Codec, grid: Int[np.ndarray, "height width"]) -> Int[np.ndarray, "height width"]:
-    """Where Python's parser stops in the text of `grid` (one line a row): 1 in its row, 2 at its token, 0 elsewhere."""
+    """The marks of one grid whose rows are the lines of a text; all 0 where it parses."""
     marks = np.zeros(grid.shape, np.int32)
+    text = codec.decode(grid)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # such as an invalid escape sequence
         try:
-            ast.parse(codec.decode(grid))
+            ast.parse(text)
             return marks
         except SyntaxError as error:
-            row, column = (error.lineno or 1) - 1, (error.offset or 1) - 1
+            row, column = max(error.lineno or 1, 1) - 1, max(error.offset or 1, 1) - 1
+            message = error.msg
         except (ValueError, RecursionError, MemoryError):
             return marks
+    ends = np.cumsum([len(codec.decode(cell.reshape(1, 1))) for cell in grid.reshape(-1)])
     row = min(row, grid.shape[0] - 1)
-    marks[row] = 1
-    ends = np.cumsum([len(codec.decode(cell.reshape(1, 1))) for cell in grid[row]])
-    marks[row, min(int(np.searchsorted(ends, column, side="right")), grid.shape[1] - 1)] = 2
+    marks[row] = _kind_of(message)
+    flat = marks.reshape(-1)
+    for place in _unmatched(text):
+        flat[int(np.searchsorted(ends, place, side="right"))] = UNMATCHED
+    before = int(ends[row * grid.shape[1] - 1]) if row else 0
+    stopped = int(np.searchsorted(ends, before + column, side="right"))
+    flat[min(stopped, (row + 1) * grid.shape[1] - 1)] = STOPPED
     return marks
+
+
+def _kind_of(message: str) -> int:
+    for number, beginning in enumerate(MESSAGES, start=1):
+        if message.startswith(beginning):
+            return number
+    return NEVER_CLOSED if message.endswith("was never closed") else OTHER
+
+
+def _unmatched(text: str) -> list[int]:
+    """Where in `text` the brackets without a partner stand."""
+    open_ones: list[tuple[str, int]] = []
+    alone: list[int] = []
+    for token in lex(text):
+        if token.kind != "sign" or token.text not in OPENING + CLOSING:
+            continue
+        if token.text in OPENING:
+            open_ones.append((token.text, token.start))
+        elif open_ones and OPENING.index(open_ones[-1][0]) == CLOSING.index(token.text):
+            open_ones.pop()
+        else:
+            alone.append(token.start)
+    return alone + [start for _, start in open_ones]
 
 
 def to_labels(
