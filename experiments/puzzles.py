@@ -4,7 +4,6 @@ import dataclasses
 import sys
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +18,21 @@ from experiments.fitting import fit_state
 from experiments.puzzle_arc import SUBMISSION, answer_by_vote
 from experiments.puzzle_scoring import Score, Share, describe, first_rows, lookup, score
 from experiments.puzzle_settings import PuzzleDrawing, PuzzleEvaluate, PuzzleSample, PuzzleSource, PuzzleTrain
-from experiments.repair_settings import RepairTrain
+from experiments.recursion import model_folder, training_metrics, training_parts
 from experiments.settings import Launch, ModelPath
 from experiments.terminal import note
 from ruvjax.core import allocator
-from ruvjax.core.params import count, init, shardings
-from ruvjax.core.sharding import RULES
+from ruvjax.core.params import count
 from ruvjax.data.puzzles.arc import ArcSource
 from ruvjax.data.puzzles.stream import PuzzleSet, PuzzleStream
 from ruvjax.errors import InputError
 from ruvjax.io.trm import load_trm, save_trm
 from ruvjax.models.trm import TinyRecursive, solve
-from ruvjax.models.trm_loss import init_carry, objective
 from ruvjax.training import report
 from ruvjax.training.loop import Fit
-from ruvjax.training.optimizer import build_optimizer, learning_rate
 from ruvjax.training.provenance import collect_provenance
 from ruvjax.training.runfolder import RunFolder, read_metrics
-from ruvjax.training.state import TrainState, init_state, params_sha256
-from ruvjax.training.step import Step, make_step
+from ruvjax.training.state import TrainState, params_sha256
 
 STEPS = 16  # supervision steps of a model that does not say how many it was trained with
 
@@ -116,25 +111,6 @@ def fit_board(model: TinyRecursive, puzzles: PuzzleSet) -> TinyRecursive:
     if changed:
         note(f"the model takes the shape of the boards: {', '.join(changed)}")
     return dataclasses.replace(model, **wanted)
-
-
-def training_parts(
-    job: PuzzleTrain | RepairTrain, model: TinyRecursive, batch: Any, mesh: Any
-) -> tuple[TrainState, Step]:
-    """The state before the first step and the step itself. Parameters depend on `job.seed` and on nothing else."""
-    optimizer = build_optimizer(job.optimizer, model.spec())
-    params_key, run_key = jax.random.split(jax.random.key(job.seed))
-    layout = shardings(model, mesh, dict(RULES)) if mesh is not None else None
-    params = jax.jit(partial(init, model), out_shardings=layout)(params_key)
-    # `batch` gives only shapes; of several processes each sees its own rows, and the carry spans them all.
-    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((job.pipeline.batch, *x.shape[1:]), x.dtype), batch)
-    carry = jax.jit(
-        lambda params: init_carry(model, params, rows, job.objective), out_shardings=wiring.batch_layout(mesh)
-    )(params)
-    state = init_state(params, optimizer, run_key, ema=job.optimizer.ema > 0, carry=carry)
-    loss = objective(model, job.objective, job.kernels.attention_impl)
-    rate = partial(learning_rate, job.optimizer)
-    return state, make_step(loss, optimizer, rate, ema=job.optimizer.ema, accumulation=job.trainer.accumulation)
 
 
 def run_trainer(
@@ -225,18 +201,6 @@ def vote(
     return found
 
 
-def training_metrics(fitted: Fit, model: TinyRecursive) -> dict[str, Any]:
-    return {
-        "steps": int(fitted.state.step),
-        "cells": fitted.tokens,
-        "cells_per_s": fitted.tokens_per_s,
-        "train_s": fitted.train_s,
-        "compile_s": fitted.compile_s,
-        "resumed_from": fitted.resumed_from,
-        "parameters": count(model),
-    }
-
-
 def write_run_report(
     folder: RunFolder,
     solver: Solver,
@@ -289,16 +253,6 @@ def write_run_report(
         config=(folder.path / "config.yaml").read_text(),
     )
     report.write_report(folder.report, data)
-
-
-def model_folder(path: ModelPath) -> Path:
-    """The model folder that `model.path` names. Raises InputError where there is none."""
-    if not path.path:
-        raise InputError("model.path is empty", "model.path=runs/<name>/<stamp>, or a model folder")
-    folder = Path(path.path).expanduser()
-    if not folder.exists():
-        raise InputError(f"model.path={path.path} does not exist", "name a run folder or a model folder")
-    return folder / wiring.EXPORT if (folder / wiring.EXPORT / "config.json").is_file() else folder
 
 
 def load(path: ModelPath, impl: str | None = None) -> tuple[Solver, PuzzleSource]:

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import puzzles, wiring
+from experiments import wiring
 from experiments.build import convert
 from experiments.drawing import read_prompt
 from experiments.fitting import fit_state
+from experiments.recursion import model_folder, training_metrics, training_parts
 from experiments.repair_settings import RepairEvaluate, RepairEvaluation, RepairSample, RepairTrain
 from experiments.settings import EXPORT, Launch, ModelPath
 from experiments.terminal import note
@@ -92,7 +93,7 @@ def train(job: RepairTrain, launch: Launch) -> Path:
         stream = corpus.stream(job.pipeline.batch, job.pipeline.seed, jax.process_index(), jax.process_count())
         batches = grids.BoardStream(stream, corpus.codec, model.marks > 1)
         position = batches.get_state()
-        state, step = puzzles.training_parts(job, model, next(batches), mesh)
+        state, step = training_parts(job, model, next(batches), mesh)
         batches.set_state(position)
         valid = corpus.held_out("valid", job.evaluation.valid_pairs, job.seed, equal_kinds=True)
 
@@ -123,7 +124,7 @@ def train(job: RepairTrain, launch: Launch) -> Path:
         metrics = {
             "params_sha256": params_sha256(wiring.gathered(fitted.state.params)),
             **judge(folder, repairer, corpus, "test", job.evaluation, job.seed, provenance),
-            **puzzles.training_metrics(fitted, model),
+            **training_metrics(fitted, model),
             "vocab_size": corpus.codec.vocab_size,
         }
         summary = folder.finish("done", metrics, time.monotonic() - started)
@@ -193,7 +194,7 @@ def export(folder: Path, repairer: Repairer, source: RepairSource) -> None:
 
 def load(path: ModelPath, impl: str | None = None) -> tuple[Repairer, RepairSource]:
     """The exported model at `path` and the corpus it was trained on. Raises InputError."""
-    folder = puzzles.model_folder(path)
+    folder = model_folder(path)
     model, params, settings = load_trm(folder, MODEL_TYPE)
     codec = load_codec(folder / CODEC)
     if (codec.height, codec.width, grids.vocabulary(codec)) != (model.rows, model.columns, model.vocab_size):

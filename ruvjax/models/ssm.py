@@ -230,13 +230,13 @@ class Stack:
             return jnp.moveaxis(jnp.pad(value, filled).reshape(value.shape[0], count, SPAN, *value.shape[2:]), 1, 0)
 
         def spans(x: jax.Array, weights: Any, window: Any, state: Any, rows: Rows | None):
-            def span(carry: Any, now: tuple[jax.Array, Rows | None]):
-                after, *carry = block(now[0], weights, *carry, now[1])
-                return carry, after
+            def span(carry: tuple[Any, Any], now: tuple[jax.Array, Rows | None]):
+                after, *left = block(now[0], weights, carry[0], carry[1], now[1])
+                return (left[0], left[1]), after
 
             cache = empty(x.shape[0])
             parts = None if rows is None else _spans_of(rows, cut)
-            carry = [cache.conv[:, 0], cache.state[:, 0]]
+            carry = (cache.conv[:, 0], cache.state[:, 0])
             carry, after = lax.scan(jax.checkpoint(span), carry, (cut(x), parts))
             return jnp.moveaxis(after, 0, 1).reshape(x.shape[0], -1, x.shape[-1])[:, :length], None, carry[1]
 

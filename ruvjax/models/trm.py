@@ -20,6 +20,7 @@ from kernels_pallas.attention import Mask, attention
 from ruvjax.core.linear import embed, linear, readout
 from ruvjax.core.mixing import mix
 from ruvjax.core.model import DTYPES, Output, compute_dtype
+from ruvjax.core.norm import rms
 from ruvjax.core.params import declare
 from ruvjax.core.rope import RopeScaling, rotate, rotations
 from ruvjax.errors import ConfigError
@@ -367,32 +368,6 @@ class TinyRecursive:
             q, k = rotate(q, turn), rotate(k, turn)
         out = attention(q, k, v, mask, impl=impl).reshape(batch, length, d)
         return rms(x + linear(out, o), -1, self.norm_eps)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def rms(x: jax.Array, axis: int, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) along `axis`, without a weight, computed in float32.
-
-    Its backward rule reads the result, which the layer that follows keeps anyway, and not `x`.
-    """
-    return _rms_fwd(x, axis, eps)[0]
-
-
-def _rms_fwd(x, axis: int, eps: float):
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    inverse = lax.rsqrt(jnp.mean(wide * wide, axis=axis, keepdims=True) + eps)
-    y = (wide * inverse).astype(x.dtype)
-    return y, (y, inverse)
-
-
-def _rms_bwd(axis: int, eps: float, saved, dy):
-    y, inverse = saved
-    wide, dwide = y.astype(inverse.dtype), dy.astype(inverse.dtype)
-    inner = jnp.mean(wide * dwide, axis=axis, keepdims=True)
-    return (((dwide - wide * inner) * inverse).astype(y.dtype),)
-
-
-rms.defvjp(_rms_fwd, _rms_bwd)
 
 
 def unstack(layers: Layer, count: int) -> list[Layer]:

@@ -11,6 +11,7 @@ import pytest
 from ruvjax.core.params import count, init, shardings
 from ruvjax.core.sharding import RULES, MeshConfig, make_mesh
 from ruvjax.errors import ConfigError
+from ruvjax.models import ssm
 from ruvjax.models.mamba import Mamba
 from ruvjax.models.mamba2 import Mamba2
 
@@ -58,9 +59,27 @@ def test_scan_and_loop_agree_and_every_weight_matters(name):
     assert loop.logits.shape == (2, 10, 32) and len(loop.aux["layers"]) == model.layers + 1
     close(loop.logits, apply(model, params, x, impl="reference").logits)
     assert count(model) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    model = dataclasses.replace(model, unroll=False)
     gradient = jax.jit(jax.grad(lambda p: jnp.sum(model.apply(p, x).logits ** 2)))(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+@NAMES
+@pytest.mark.parametrize("packed", [False, True])
+def test_spans_of_a_long_row_change_nothing(name, packed, monkeypatch):
+    """Loss and gradients with the row taken four positions at a time, the last span short."""
+    monkeypatch.setattr(ssm, "SPAN", 4)
+    model = dataclasses.replace(MODELS[name], unroll=False)
+    params, x = noisy(model), tokens()
+    segments = jnp.array([[1, 1, 1, 1, 1, 2, 2, 3, 3, 3], [0, 1, 1, 1, 1, 1, 0, 2, 0, 0]]) if packed else None
+
+    def loss(params, remat):
+        logits = dataclasses.replace(model, remat=remat).apply(params, x, segments=segments).logits
+        return jnp.sum(jnp.where(True if segments is None else (segments != 0)[:, :, None], logits, 0.0) ** 2)
+
+    plain, spans = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, remat) for remat in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-3 * np.abs(a).max()), plain, spans)
 
 
 @NAMES

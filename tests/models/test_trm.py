@@ -13,10 +13,11 @@ import pytest
 from flax import struct
 from safetensors.numpy import load_file, save_file
 
+from ruvjax.core.norm import rms
 from ruvjax.core.params import count, init
 from ruvjax.errors import ConfigError, InputError
 from ruvjax.io.trm import from_official, load_trm, save_trm, to_official
-from ruvjax.models.trm import TinyRecursive, rms, solve
+from ruvjax.models.trm import TinyRecursive, solve
 from ruvjax.models.trm_loss import TrmLoss, halting, init_carry, objective, refill
 from ruvjax.training.objective import gradient_of
 from ruvjax.training.optimizer import OptimizerConfig, build_optimizer, learning_rate
