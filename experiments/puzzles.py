@@ -226,15 +226,16 @@ def write_run_report(
         f"board {number + 1}, rating {found.puzzles.rating[number]}: {'solved' if solving.solved else 'not solved'}"
         for number, solving in enumerate(solvings)
     ]
-    rows = "".join(
-        f"<tr><th>{band}</th><td class=number>{value.mean:.1%}</td><td>{value.low:.1%} to {value.high:.1%}</td>"
-        f"<td class=number>{value.n}</td></tr>"
+    cells = [
+        (band, f"{value.mean:.1%}", f"{value.low:.1%} to {value.high:.1%}", value.n)
         for band, value in found.by_rating().items()
-    )
+    ]
+    rows = "".join("<tr>" + "".join(f"<td class=number>{cell}</td>" for cell in row) + "</tr>" for row in cells)
+    head = "".join(f"<th class=number>{name}</th>" for name in ("rating", "exact", "95 %", "boards"))
     steps = ", ".join(f"{mean:.1%}" for mean in metrics["exact_by_step"])
     table = (
-        "<table class=facts><thead><tr><th>rating</th><th>exact</th><th>95 %</th><th>boards</th></tr></thead>"
-        f"<tbody>{rows}</tbody></table><p>Exact after supervision step 1, 2, ...: {steps}</p>"
+        f"<table class=facts><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        f"<p>Exact after supervision step 1, 2, ...: {steps}</p>"
     )
     data = report.ReportData(
         title=f"{folder.name}: {folder.path.name}",

@@ -133,10 +133,11 @@ def read_published(config: Mapping[str, Any], source: str) -> Mamba | Mamba2:
 
 def _refuse_what_differs(config: Mapping[str, Any], source: str) -> None:
     limit = config.get("time_step_limit") or (0.0, float("inf"))
+    unlimited = (float("inf"), {"__float__": "Infinity"})  # transformers writes the latter, for strict readers of JSON
     reasons = {
         "a hidden_act other than silu": config.get("hidden_act", "silu") not in ("silu", "swish"),
         "a norm other than rms_norm": config.get("rms_norm") is False,
-        f"time_step_limit={limit!r}": not (len(limit) == 2 and limit[0] == 0 and limit[1] == float("inf")),
+        f"time_step_limit={limit!r}": not (len(limit) == 2 and limit[0] == 0 and limit[1] in unlimited),
     }
     for reason, found in reasons.items():
         if found:

@@ -230,10 +230,10 @@ def _curves(data: ReportData) -> str:
     schedule = list(data.schedule.get("t", ())), list(data.schedule.get("alpha", ()))
     rate = _series(data.metrics, "lr")
     if schedule[0] or rate[0]:
-        figures.append(
-            "<figure><figcaption>Schedules: survival probability α over diffusion time t, learning rate over "
-            f"steps</figcaption>{schedule_curves(schedule, rate)}</figure>"
-        )
+        caption = "Schedules: survival probability α over diffusion time t, learning rate over steps"
+        if not schedule[0]:
+            caption = "Learning rate over steps"
+        figures.append(f"<figure><figcaption>{caption}</figcaption>{schedule_curves(schedule, rate)}</figure>")
     return _section("Training", "\n".join(figures))
 
 
