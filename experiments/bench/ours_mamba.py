@@ -21,6 +21,7 @@ from kernels_pallas.unmask import masked_cross_entropy
 from ruvjax.core.params import count, init
 from ruvjax.decoding.autoregressive import Decoding, generate
 from ruvjax.models.mamba import Mamba
+from ruvjax.models.ssm import unstack
 
 
 def timed(job, run) -> tuple[list[float], list[float], dict[str, int]]:
@@ -59,7 +60,12 @@ def decode(job, model: Mamba, params) -> tuple[Callable[[], jax.Array], Any]:
     canvas = jnp.zeros((job["batch"], 1 + job["length"]), jnp.int32)
     free = jnp.broadcast_to(jnp.arange(canvas.shape[1])[None, :] > 0, canvas.shape)
     carry = model.empty_cache(job["batch"])
-    run = jax.jit(partial(generate, Decoding(temperature=0.0), forward, start=1))
+
+    @jax.jit
+    def run(params, *inputs, carry):
+        apart = unstack(params, model.layers)
+        return generate(Decoding(temperature=0.0), forward, apart, *inputs, start=1, carry=carry)
+
     compiled = run.lower(params, canvas, free, jax.random.key(2), carry=carry).compile()
     call = partial(compiled, params, canvas, free, jax.random.key(2), carry=carry)
     return lambda: jnp.sum(call().tokens), compiled

@@ -20,7 +20,7 @@ from ruvjax.core.params import count, init
 from ruvjax.decoding.autoregressive import PADDING, Decoding, Forward, generate
 from ruvjax.errors import ConfigError, InputError
 from ruvjax.models.mamba import Mamba, MambaParams
-from ruvjax.models.ssm import Cache
+from ruvjax.models.ssm import Cache, unstack
 
 IGNORED_LABEL = -100  # a label that is not counted
 
@@ -335,7 +335,7 @@ def _forward_of(network: Mamba) -> Forward:
 @functools.partial(jax.jit, static_argnums=(0, 1, 6, 7))
 def _generate(settings: Decoding, network: Mamba, params, canvas, free, key, start: int, unused: tuple[int, ...]):
     carry = network.empty_cache(canvas.shape[0]) if settings.cache else None
-    forward = _forward_of(network)
+    forward, params = _forward_of(network), unstack(params, network.layers)
     return generate(settings, forward, params, canvas, free, key, start=start, carry=carry, suppressed=unused).tokens
 
 

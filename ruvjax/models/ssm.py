@@ -185,9 +185,9 @@ class Stack:
         x = embed(tokens, params.embedding).astype(jnp.promote_types(dtype, jnp.float32))
         run = self._recomputed(block, tokens.shape[1]) if self.remat and cache is None else block
         inner = [x]
-        if self.unroll:
+        if self.unroll or isinstance(params.layers, tuple):
             windows, states = [], []
-            for i, weights in enumerate(unstack(params.layers, self.layers)):
+            for i, weights in enumerate(unstack(params, self.layers).layers):
                 window, state = (None, None) if cache is None else (cache.conv[:, i], cache.state[:, i])
                 x, window, state = run(x, weights, window, state, rows)
                 inner.append(x)
@@ -256,11 +256,18 @@ def head(params: Any, hidden: Float[Array, "*batch width"]) -> Float[Array, "*ba
     return cast(jax.Array, readout(hidden, params.embedding if params.head is None else params.head))
 
 
-def unstack(layers: Any, count: int) -> list[Any]:
-    """One pytree of weights per layer. `lax.split` transposes to one concatenation, indexing to a sum of pads."""
-    leaves, treedef = jax.tree.flatten(layers)
+def unstack(params: Any, count: int) -> Any:
+    """`params` with a tuple of layers instead of stacked ones, which `apply` takes as well; unchanged where it is so.
+
+    A decoding loop wants it done outside: within, every token would copy every weight out of its stack. `lax.split`
+    transposes to one concatenation, indexing to a sum of pads.
+    """
+    if isinstance(params.layers, tuple):
+        return params
+    leaves, treedef = jax.tree.flatten(params.layers)
     parts = [lax.split(w, (1,) * count) for w in leaves]
-    return [treedef.unflatten([part[i][0] for part in parts]) for i in range(count)]
+    layers = tuple(treedef.unflatten([part[i][0] for part in parts]) for i in range(count))
+    return dataclasses.replace(params, layers=layers)
 
 
 @dataclass(frozen=True)
