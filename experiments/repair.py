@@ -36,6 +36,7 @@ from ruvjax.training.runfolder import RunFolder, read_metrics
 from ruvjax.training.state import TrainState, params_sha256
 
 CODEC = "codec.json"
+MARKED = " style='background:#fde2e2'"
 MODEL_TYPE = "code_repair"
 
 
@@ -51,10 +52,11 @@ class Repairer:
 
     def repair(self, texts: Sequence[str], batch: int, steps: int = 0, rounds: int = 1) -> list[str]:
         """The repaired texts. In each further round those that do not parse yet, and changed, are repaired again.
+        A text that parsed to begin with stays as it was where its repair does not parse.
 
         Raises InputError for a text that does not fit the grid.
         """
-        found = self._once(texts, batch, steps)
+        first, found = texts, self._once(texts, batch, steps)
         for _ in range(rounds - 1):
             again = [
                 number
@@ -64,7 +66,9 @@ class Repairer:
             texts = found
             for number, text in zip(again, self._once([found[number] for number in again], batch, steps)):
                 found = [*found[:number], text, *found[number + 1 :]]
-        return found
+        return [
+            before if parse(text) is None and parse(before) is not None else text for text, before in zip(found, first)
+        ]
 
     def _once(self, texts: Sequence[str], batch: int, steps: int) -> list[str]:
         found: list[str] = []
@@ -253,15 +257,25 @@ def side_by_side(broken: str, repaired: str, fixed: str | None = None) -> str:
     """An HTML table of two texts (and what was right), changed lines marked."""
     columns = [broken.splitlines(), repaired.splitlines()] + ([fixed.splitlines()] if fixed is not None else [])
     names = ["broken", "repaired", "original"][: len(columns)]
+    kept = [_kept_lines(columns[0], column) for column in columns]
     cells = []
     for number in range(max(map(len, columns))):
-        lines = [column[number] if number < len(column) else "" for column in columns]
-        mark = [" style='background:#fde2e2'" if line != lines[0] else "" for line in lines]
-        cells.append("".join(f"<td{m}><pre>{html.escape(line)}</pre></td>" for m, line in zip(mark, lines)))
+        row = ""
+        for column, same in zip(columns, kept):
+            changed = number < len(column) and number not in same
+            line = column[number] if number < len(column) else ""
+            row += f"<td{MARKED if changed else ''}><pre>{html.escape(line)}</pre></td>"
+        cells.append(row)
     head = "".join(f"<th>{name}</th>" for name in names)
     rows = "".join(f"<tr>{row}</tr>" for row in cells)
     style = "<style>table.diff pre{margin:0;white-space:pre-wrap}table.diff td{vertical-align:top;width:33%}</style>"
     return f"{style}<table class=diff><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _kept_lines(before: Sequence[str], after: Sequence[str]) -> set[int]:
+    """The lines of `after`, by number, that are lines of `before`, in order."""
+    blocks = difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()
+    return {number for block in blocks for number in range(block.b, block.b + block.size)}
 
 
 def write_report(
