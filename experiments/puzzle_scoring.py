@@ -1,6 +1,5 @@
 """How many held-out boards a model answers exactly, and what looking the answer up in the training boards gives."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 
 from experiments.boards import Solving
 from ruvjax.data.puzzles.stream import PuzzleSet, evaluation_puzzles, random_words
+from ruvjax.data.repair.evaluate import wilson
 from ruvjax.models.trm import TinyRecursive, solve
 
 BLANK = 1  # of Sudoku
@@ -33,11 +33,7 @@ def share(right: int, n: int) -> Share:
     """Raises ValueError where there are no boards."""
     if n < 1:
         raise ValueError("a share of no boards")
-    z = 1.959964
-    mean, spread = right / n, z * z / n
-    centre = (mean + spread / 2) / (1 + spread)
-    half = z * math.sqrt(mean * (1 - mean) / n + spread / (4 * n)) / (1 + spread)
-    return Share(mean, max(0.0, centre - half), min(1.0, centre + half), n)
+    return Share(right / n, *wilson(right, n), n)
 
 
 @dataclass(frozen=True, eq=False)

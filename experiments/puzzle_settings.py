@@ -1,9 +1,9 @@
 """The puzzle jobs of the command line as frozen dataclasses: `configs/task/puzzle.yaml` builds one of these."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
-from experiments.settings import Kernels, ModelPath, Run
+from experiments.settings import Kernels, ModelPath, Run, at_least, check_accumulation, one_prompt
 from ruvjax.core.backend import DistributedConfig
 from ruvjax.core.sharding import MeshConfig
 from ruvjax.data.puzzles.stream import PuzzleSet
@@ -22,12 +22,6 @@ class PuzzleSource(Protocol):
     def splits(self) -> dict[str, PuzzleSet]: ...
 
 
-def _at_least(owner: str, config: Any, **limits: int) -> None:
-    for name, low in limits.items():
-        if getattr(config, name) < low:
-            raise ConfigError(f"{owner}.{name}={getattr(config, name)} must be at least {low}")
-
-
 @dataclass(frozen=True)
 class PuzzlePipeline:
     """`batch` boards in work at a time. augment: each is changed by a random symmetry of its kind."""
@@ -37,7 +31,7 @@ class PuzzlePipeline:
     seed: int = 0
 
     def __post_init__(self):
-        _at_least("pipeline", self, batch=1, seed=0)
+        at_least("pipeline", self, batch=1, seed=0)
 
 
 @dataclass(frozen=True)
@@ -56,7 +50,7 @@ class PuzzleEvaluation:
     shown: int = 4
 
     def __post_init__(self):
-        _at_least("evaluation", self, batch=1, steps=0, boards=0, valid_boards=1, images=0, shown=0)
+        at_least("evaluation", self, batch=1, steps=0, boards=0, valid_boards=1, images=0, shown=0)
 
 
 @dataclass(frozen=True)
@@ -79,9 +73,7 @@ class PuzzleTrain:
     debug: bool = False
 
     def __post_init__(self):
-        if self.pipeline.batch % self.trainer.accumulation:
-            parts = self.trainer.accumulation
-            raise ConfigError(f"pipeline.batch={self.pipeline.batch} does not divide by trainer.accumulation={parts}")
+        check_accumulation(self.pipeline.batch, self.trainer)
 
 
 @dataclass(frozen=True)
@@ -114,9 +106,8 @@ class PuzzleDrawing:
     delay: float = 0.15
 
     def __post_init__(self):
-        _at_least("sample", self, steps=0)
-        if self.prompt and self.file:
-            raise ConfigError("sample.prompt and sample.file exclude each other", "leave one of them empty")
+        at_least("sample", self, steps=0)
+        one_prompt(self.prompt, self.file)
         if not 0 <= self.delay <= 10:
             raise ConfigError(f"sample.delay={self.delay} must be between 0 and 10 seconds")
 

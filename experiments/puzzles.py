@@ -18,7 +18,7 @@ from experiments.fitting import fit_state
 from experiments.puzzle_arc import SUBMISSION, answer_by_vote
 from experiments.puzzle_scoring import Score, Share, describe, first_rows, lookup, score
 from experiments.puzzle_settings import PuzzleDrawing, PuzzleEvaluate, PuzzleSample, PuzzleSource, PuzzleTrain
-from experiments.recursion import model_folder, training_metrics, training_parts
+from experiments.recursion import training_metrics, training_parts
 from experiments.settings import Launch, ModelPath
 from experiments.terminal import note
 from ruvjax.core import allocator
@@ -258,7 +258,7 @@ def write_run_report(
 
 def load(path: ModelPath, impl: str | None = None) -> tuple[Solver, PuzzleSource]:
     """The exported model at `path` and the puzzles it was trained on. Raises InputError."""
-    folder = model_folder(path)
+    folder = wiring.model_folder(path)
     model, params, settings = load_trm(folder)
     source = {name: value for name, value in settings.items() if name != "steps"}
     if "_target_" not in source:

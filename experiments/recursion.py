@@ -1,7 +1,6 @@
-"""What the jobs of recursive models share: the state before the first step, the step, and where a model lies."""
+"""What the jobs of recursive models share: the state before the first step, and the step."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,10 +8,8 @@ import jax
 from experiments import wiring
 from experiments.puzzle_settings import PuzzleTrain
 from experiments.repair_settings import RepairTrain
-from experiments.settings import ModelPath
 from ruvjax.core.params import count, init, shardings
 from ruvjax.core.sharding import RULES
-from ruvjax.errors import InputError
 from ruvjax.models.trm import TinyRecursive
 from ruvjax.models.trm_loss import init_carry, objective
 from ruvjax.training.loop import Fit
@@ -50,13 +47,3 @@ def training_metrics(fitted: Fit, model: TinyRecursive) -> dict[str, Any]:
         "resumed_from": fitted.resumed_from,
         "parameters": count(model),
     }
-
-
-def model_folder(path: ModelPath) -> Path:
-    """The model folder that `model.path` names. Raises InputError where there is none."""
-    if not path.path:
-        raise InputError("model.path is empty", "model.path=runs/<name>/<stamp>, or a model folder")
-    folder = Path(path.path).expanduser()
-    if not folder.exists():
-        raise InputError(f"model.path={path.path} does not exist", "name a run folder or a model folder")
-    return folder / wiring.EXPORT if (folder / wiring.EXPORT / "config.json").is_file() else folder

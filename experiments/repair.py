@@ -15,7 +15,7 @@ from experiments import wiring
 from experiments.build import convert
 from experiments.drawing import read_prompt
 from experiments.fitting import fit_state
-from experiments.recursion import model_folder, training_metrics, training_parts
+from experiments.recursion import training_metrics, training_parts
 from experiments.repair_settings import RepairEvaluate, RepairEvaluation, RepairSample, RepairTrain
 from experiments.settings import EXPORT, Launch, ModelPath
 from experiments.terminal import note
@@ -198,7 +198,7 @@ def export(folder: Path, repairer: Repairer, source: RepairSource) -> None:
 
 def load(path: ModelPath, impl: str | None = None) -> tuple[Repairer, RepairSource]:
     """The exported model at `path` and the corpus it was trained on. Raises InputError."""
-    folder = model_folder(path)
+    folder = wiring.model_folder(path)
     model, params, settings = load_trm(folder, MODEL_TYPE)
     codec = load_codec(folder / CODEC)
     if (codec.height, codec.width, grids.vocabulary(codec)) != (model.rows, model.columns, model.vocab_size):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from experiments.settings import Kernels, ModelPath, Run
+from experiments.settings import Kernels, ModelPath, Run, at_least, check_accumulation, one_prompt
 from ruvjax.core.backend import DistributedConfig
 from ruvjax.core.sharding import MeshConfig
 from ruvjax.data.repair.pairs import RepairSource
@@ -13,12 +13,6 @@ from ruvjax.training.loop import TrainerConfig
 from ruvjax.training.optimizer import OptimizerConfig
 
 
-def _at_least(owner: str, config: object, **limits: int) -> None:
-    for name, low in limits.items():
-        if getattr(config, name) < low:
-            raise ConfigError(f"{owner}.{name}={getattr(config, name)} must be at least {low}")
-
-
 @dataclass(frozen=True)
 class RepairPipeline:
     """`batch` functions in work at a time; a halted one makes room. `seed` decides which, and their faults."""
@@ -27,7 +21,7 @@ class RepairPipeline:
     seed: int = 0
 
     def __post_init__(self):
-        _at_least("pipeline", self, batch=1, seed=0)
+        at_least("pipeline", self, batch=1, seed=0)
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,7 @@ class RepairEvaluation:
     run_tests: bool = True
 
     def __post_init__(self):
-        _at_least("evaluation", self, batch=1, steps=0, rounds=1, pairs=1, valid_pairs=1, shown=0)
+        at_least("evaluation", self, batch=1, steps=0, rounds=1, pairs=1, valid_pairs=1, shown=0)
 
 
 @dataclass(frozen=True)
@@ -71,9 +65,7 @@ class RepairTrain:
     debug: bool = False
 
     def __post_init__(self):
-        if self.pipeline.batch % self.trainer.accumulation:
-            parts = self.trainer.accumulation
-            raise ConfigError(f"pipeline.batch={self.pipeline.batch} does not divide by trainer.accumulation={parts}")
+        check_accumulation(self.pipeline.batch, self.trainer)
 
 
 @dataclass(frozen=True)
@@ -105,9 +97,8 @@ class RepairPrompt:
     rounds: int = 3
 
     def __post_init__(self):
-        _at_least("sample", self, steps=0, rounds=1)
-        if self.prompt and self.file:
-            raise ConfigError("sample.prompt and sample.file exclude each other", "leave one of them empty")
+        at_least("sample", self, steps=0, rounds=1)
+        one_prompt(self.prompt, self.file)
 
 
 @dataclass(frozen=True)

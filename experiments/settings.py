@@ -31,10 +31,23 @@ from ruvjax.training.trackers import TRACKERS
 EXPORT = "model"  # the folder of a run that holds its exported model
 
 
-def _at_least(owner: str, config: Any, **limits: int) -> None:
+def at_least(owner: str, config: Any, **limits: int) -> None:
+    """Raise ConfigError for the first of the named settings of `config` that is below its limit."""
     for name, low in limits.items():
         if getattr(config, name) < low:
             raise ConfigError(f"{owner}.{name}={getattr(config, name)} must be at least {low}")
+
+
+def check_accumulation(batch: int, trainer: TrainerConfig) -> None:
+    """Raise ConfigError where a batch does not divide into the micro-batches of a step."""
+    if batch % trainer.accumulation:
+        raise ConfigError(f"pipeline.batch={batch} does not divide by trainer.accumulation={trainer.accumulation}")
+
+
+def one_prompt(prompt: str, file: str) -> None:
+    """Raise ConfigError where a prompt is given twice, as text and as a file."""
+    if prompt and file:
+        raise ConfigError("sample.prompt and sample.file exclude each other", "leave one of them empty")
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,7 @@ class Evaluation:
     valid_samples: int = 1
 
     def __post_init__(self):
-        _at_least("evaluation", self, samples=1, batch=1, rows=0, valid_rows=1, valid_samples=1)
+        at_least("evaluation", self, samples=1, batch=1, rows=0, valid_rows=1, valid_samples=1)
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,7 @@ class Samples:
     gap: float = 0.25  # the share of a text that is masked for infilling
 
     def __post_init__(self):
-        _at_least("samples", self, generated=0, infilled=0, shown=0, length=8)
+        at_least("samples", self, generated=0, infilled=0, shown=0, length=8)
         if not 0 < self.gap < 1:
             raise ConfigError(f"samples.gap={self.gap} must lie between 0 and 1")
 
@@ -141,9 +154,7 @@ class Train:
                 "objective and sampler do not go together",
                 "objective=next_token with sampler=left_to_right; every other objective with every other sampler",
             )
-        if self.pipeline.batch % self.trainer.accumulation:
-            parts = self.trainer.accumulation
-            raise ConfigError(f"pipeline.batch={self.pipeline.batch} does not divide by trainer.accumulation={parts}")
+        check_accumulation(self.pipeline.batch, self.trainer)
 
 
 @dataclass(frozen=True)
@@ -171,7 +182,7 @@ class Evaluate:
     debug: bool = False
 
     def __post_init__(self):
-        _at_least("evaluate", self, length=0)
+        at_least("evaluate", self, length=0)
 
 
 @dataclass(frozen=True)
@@ -194,11 +205,10 @@ class Drawing:
     delay: float = 0.03  # seconds between two frames
 
     def __post_init__(self):
-        _at_least("sample", self, gap=1, length=0, count=1)
+        at_least("sample", self, gap=1, length=0, count=1)
         if not self.mark:
             raise ConfigError("sample.mark is empty", "such as sample.mark='<mask>'")
-        if self.prompt and self.file:
-            raise ConfigError("sample.prompt and sample.file exclude each other", "leave one of them empty")
+        one_prompt(self.prompt, self.file)
         if not 0 <= self.delay <= 10:
             raise ConfigError(f"sample.delay={self.delay} must be between 0 and 10 seconds")
 

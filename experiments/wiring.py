@@ -257,15 +257,19 @@ def export(folder: Path, loaded: Loaded) -> Path:
     )
 
 
-def load(path: ModelPath, attention: str | None = None) -> Loaded:
-    """The model at `path`. Raises InputError where it cannot be read or has no tokenizer."""
+def model_folder(path: ModelPath) -> Path:
+    """The model folder that `model.path` names. Raises InputError where there is none."""
     if not path.path:
         raise InputError("model.path is empty", "model.path=runs/<name>/<stamp>, or a model folder")
     folder = Path(path.path).expanduser()
     if not folder.exists():
         raise InputError(f"model.path={path.path} does not exist", "name a run folder or a model folder")
-    if (folder / EXPORT / "config.json").is_file():
-        folder = folder / EXPORT
+    return folder / EXPORT if (folder / EXPORT / "config.json").is_file() else folder
+
+
+def load(path: ModelPath, attention: str | None = None) -> Loaded:
+    """The model at `path`. Raises InputError where it cannot be read or has no tokenizer."""
+    folder = model_folder(path)
     model, params, files = load_model(folder)
     if files.tokenizer is None:
         raise InputError(f"{folder} holds no tokenizer.json", "copy the tokenizer of the model there")
