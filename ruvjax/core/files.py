@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,5 +58,51 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     except OSError:
         pass
+    finally:
+        os.close(descriptor)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Make `folder` hold what `write(partial)` puts into a new folder beside it: all of it or, where anything fails,
+    what it held before, and the error is raised as it came. The files are on disk before the folder has its name.
+
+    `folder` must be absolute; whether what it holds may be replaced is the caller's to check.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=".partial", dir=folder.parent))
+    try:
+        write(partial)
+        partial.chmod(0o755)
+        for path in partial.iterdir():
+            _flush(path)
+        _flush(partial)
+        _put_in_place(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _flush(folder.parent)
+    return folder
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Rename `partial` to `folder`. A full folder cannot be replaced in one step: the old one steps aside first."""
+    if not folder.exists() or not any(folder.iterdir()):
+        os.replace(partial, folder)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=".old", dir=folder.parent))
+    os.replace(folder, aside)
+    try:
+        os.replace(partial, folder)
+    except BaseException:
+        os.replace(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Hand a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -7,7 +7,6 @@ Qwen2, Qwen3, Mamba and Mamba-2. Nothing is unpickled and no code from a checkpo
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ruvjax.core.files import write_folder
 from ruvjax.core.params import ParamSpec
 from ruvjax.errors import InputError
 from ruvjax.io.layout import FORMAT_VERSION, Network, is_own, own_config, places, read_network
@@ -114,25 +114,16 @@ def save_model(
     if tokenizer_file is not None and not Path(tokenizer_file).is_file():
         raise InputError(f"{tokenizer_file}: no such tokenizer file")
     _refuse_foreign(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     tokens = {"mask_token_id": mask_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     config = own_config(model, tokens, diffusion or {})
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=".partial", dir=folder.parent))
-    try:
+
+    def write(partial: Path) -> None:
         _write_weights(partial, model, params, max_shard_bytes)
         if tokenizer_file is not None:
             shutil.copyfile(tokenizer_file, partial / TOKENIZER)
         _write_json(partial / CONFIG, config)
-        partial.chmod(0o755)
-        for path in partial.iterdir():
-            _flush(path)
-        _flush(partial)
-        _put_in_place(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _flush(folder.parent)
-    return folder
+
+    return write_folder(folder, write)
 
 
 def _read_json(path: Path, hint: str) -> dict[str, Any]:
@@ -311,27 +302,3 @@ def _refuse_foreign(folder: Path) -> None:
         replaceable = False
     if not replaceable:
         raise InputError(f"{folder}: holds something other than an export of ours", "choose an empty or a new folder")
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Rename `partial` to `folder`. A full folder cannot be replaced in one step: the old one steps aside first."""
-    if not folder.exists() or not any(folder.iterdir()):
-        os.replace(partial, folder)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=".old", dir=folder.parent))
-    os.replace(folder, aside)
-    try:
-        os.replace(partial, folder)
-    except BaseException:
-        os.replace(aside, folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Hand a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,8 +7,6 @@ with any prefix before "inner.", `load_trm` reads it beside a config.json of our
 import dataclasses
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from ruvjax.core.files import write_folder
 from ruvjax.core.params import ParamSpec
 from ruvjax.errors import ConfigError, InputError
 from ruvjax.models.trm import TinyRecursive, TinyRecursiveParams
@@ -127,28 +126,21 @@ def save_trm(
     ours = {CONFIG, WEIGHTS, *texts}
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= ours):
         raise InputError(f"{folder}: holds something other than an export of ours", "choose an empty or a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     config = {
         "model_type": kind,
         "format_version": FORMAT_VERSION,
         **dataclasses.asdict(model),
         "puzzle_source": dict(puzzles or {}),
     }
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=".partial", dir=folder.parent))
-    try:
+
+    def write(partial: Path) -> None:
         metadata = {"format": "pt", "ruvjax_format_version": str(FORMAT_VERSION)}
         save_file(to_official(model, jax.device_get(params)), partial / WEIGHTS, metadata)
         (partial / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
-        partial.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return folder
+
+    return write_folder(folder, write)
 
 
 def load_trm(
