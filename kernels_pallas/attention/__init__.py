@@ -1,16 +1,17 @@
 """Multi-head, grouped-query and multi-query attention under a `Mask`."""
 
 import math
+from functools import partial
 
 import jax
 
 from kernels_pallas.attention import reference, xla
 from kernels_pallas.attention.mask import Mask
-from kernels_pallas.dispatch import resolve
+from kernels_pallas.dispatch import Body, dispatch
 
 __all__ = ["IMPLEMENTATIONS", "Mask", "attention"]
 
-IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention}
+IMPLEMENTATIONS = ("reference", "xla")
 
 
 def attention(
@@ -32,4 +33,8 @@ def attention(
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return resolve("attention", impl, IMPLEMENTATIONS)(q, k, v, Mask() if mask is None else mask, scale)
+    bodies = {
+        "reference": Body(partial(reference.attention, scale=scale)),
+        "xla": Body(partial(xla.attention, scale=scale)),
+    }
+    return dispatch("attention", impl, bodies, q, k, v, Mask() if mask is None else mask)

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 
 import jax
 
-from kernels_pallas.dispatch import resolve
+from kernels_pallas.dispatch import Body, dispatch
 from kernels_pallas.selective_scan import reference, ssd, xla
 
-__all__ = ["IMPLEMENTATIONS", "selective_scan", "state_space_dual"]
+__all__ = ["selective_scan", "state_space_dual"]
 
-IMPLEMENTATIONS = {"reference": reference.selective_scan, "xla": xla.selective_scan}
-DUAL_IMPLEMENTATIONS = {"reference": reference.state_space_dual, "xla": ssd.state_space_dual}
+SCAN = {"reference": Body(reference.selective_scan), "xla": Body(xla.selective_scan)}
+DUAL = {"reference": Body(reference.state_space_dual), "xla": Body(ssd.state_space_dual)}
 
 
 def selective_scan(
@@ -47,7 +47,7 @@ def selective_scan(
         "reset": (reset, (batch, length)),
     }
     _check("selective_scan", wanted)
-    return resolve("selective_scan", impl, IMPLEMENTATIONS)(x, delta, a, b, c, d, initial, reset)
+    return dispatch("selective_scan", impl, SCAN, x, delta, a, b, c, d, initial, reset)
 
 
 def state_space_dual(
@@ -82,7 +82,7 @@ def state_space_dual(
         "reset": (reset, (batch, length)),
     }
     _check("state_space_dual", wanted)
-    return resolve("state_space_dual", impl, DUAL_IMPLEMENTATIONS)(x, delta, a, b, c, d, initial, reset)
+    return dispatch("state_space_dual", impl, DUAL, x, delta, a, b, c, d, initial, reset)
 
 
 def _check(op: str, wanted: Mapping[str, tuple[jax.Array | None, tuple[int, ...]]]) -> None:

@@ -1,13 +1,14 @@
 """Ops of masked diffusion over the vocabulary axis: the training loss, and the sampler's draw with its statistics."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.dispatch import resolve
+from kernels_pallas.dispatch import Body, dispatch
 from kernels_pallas.unmask import reference, xla
 
 LOG_ZERO = xla.LOG_ZERO
@@ -34,8 +35,11 @@ def masked_cross_entropy(
     The backward pass keeps the logits and one log-sum-exp per row; the log-softmax is never stored.
     Raises `kernels_pallas.dispatch.ImplError` for an `impl` that is not there.
     """
-    bodies = {"reference": reference.masked_cross_entropy, "xla": xla.masked_cross_entropy}
-    return resolve("masked_cross_entropy", impl, bodies)(logits, targets, exclude)
+    bodies = {
+        "reference": Body(partial(reference.masked_cross_entropy, exclude=exclude)),
+        "xla": Body(partial(xla.masked_cross_entropy, exclude=exclude)),
+    }
+    return dispatch("masked_cross_entropy", impl, bodies, logits, targets)
 
 
 def group_size(vocabulary: int) -> int:
@@ -74,7 +78,11 @@ def unmask(
     excluded altogether by a logit of `LOG_ZERO`. At least float32 throughout.
     Raises `kernels_pallas.dispatch.ImplError` for an `impl` that is not there.
     """
-    body = resolve("unmask", impl, {"reference": reference.unmask, "xla": xla.unmask})
     if noise is None and temperature != 0:
         raise ValueError(f"unmask: temperature {temperature} needs noise (draw_noise)")
-    return Unmasked(*body(logits, noise, floor, temperature, group_size(logits.shape[-1])))
+    options = {"temperature": temperature, "group": group_size(logits.shape[-1])}
+    bodies = {
+        "reference": Body(partial(reference.unmask, **options)),
+        "xla": Body(partial(xla.unmask, **options)),
+    }
+    return Unmasked(*dispatch("unmask", impl, bodies, logits, noise, floor))

@@ -1,0 +1,33 @@
+"""Every difference between the jax versions in use, and whether Pallas is there at all.
+
+Pallas is imported inside the functions that build a kernel, so that a process that needs none neither pays for it nor
+breaks where it is missing (Apple's plugins).
+"""
+
+import functools
+import importlib
+from types import ModuleType
+
+import jax
+
+JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
+# The interpreter of Mosaic GPU kernels on a CPU.
+HAS_GPU_INTERPRETER = JAX_VERSION >= (0, 11)
+
+
+@functools.cache
+def missing(platform: str) -> str:
+    """Why Pallas kernels for "gpu" or "tpu" cannot be built in this process, "" where they can."""
+    try:
+        mosaic_gpu() if platform == "gpu" else mosaic_tpu()
+    except ImportError as error:
+        return f"Pallas cannot be imported ({error})"
+    return ""
+
+
+def mosaic_gpu() -> ModuleType:
+    return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+
+
+def mosaic_tpu() -> ModuleType:
+    return importlib.import_module("jax.experimental.pallas.tpu")
