@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.attention.mask import Mask
-from kernels_pallas.layout import contract, row_major_transpose
+from kernels_pallas.layout import contract, contract_leading
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
@@ -58,14 +58,14 @@ def _attend_fwd(q, k, v, allowed, scale):
 def _attend_bwd(scale, saved, dout):
     q, k, v, probs, out = saved
     dout = lax.optimization_barrier(dout)
-    dv = contract(row_major_transpose(probs), dout, 2, 1).astype(v.dtype)
+    dv = contract_leading(probs, dout).astype(v.dtype)
     dprobs = contract(dout, v, 2, 2)
     # sum_m dP * P = dO . O for each query, so the softmax backward needs no second pass over the probabilities.
     inner = jnp.sum((dout * out).astype(jnp.float32), axis=-1, keepdims=True)
     dscores = (probs * (dprobs - inner) * scale).astype(q.dtype)
     dscores = lax.optimization_barrier(dscores)
     dq = contract(dscores, k, 2, 1).astype(q.dtype)
-    dk = contract(row_major_transpose(dscores), q, 2, 1).astype(k.dtype)
+    dk = contract_leading(dscores, q).astype(k.dtype)
     return dq, dk, dv, None
 
 
