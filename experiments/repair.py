@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import html
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ruvjax.data.repair.sandbox import Limits
 from ruvjax.data.repair.syntax import parse
 from ruvjax.errors import ConfigError, InputError
 from ruvjax.io.trm import load_trm, save_trm
-from ruvjax.models.trm import TinyRecursive, solve
+from ruvjax.models.trm import TinyRecursive, final_logits
 from ruvjax.training import report
 from ruvjax.training.provenance import collect_provenance
 from ruvjax.training.runfolder import RunFolder, read_metrics
@@ -71,14 +71,33 @@ class Repairer:
         ]
 
     def _once(self, texts: Sequence[str], batch: int, steps: int) -> list[str]:
-        found: list[str] = []
-        for first in range(0, len(texts), batch):
-            part = np.stack([self.codec.encode(text) for text in texts[first : first + batch]])
-            filled = np.concatenate([part, np.zeros((batch - len(part), *part.shape[1:]), part.dtype)])
-            questions = grids.to_questions(self.codec, filled, self.model.marks > 1)
-            answers, _ = solve(self.model, self.params, questions, steps=steps or self.steps, impl=self.impl)
-            found += grids.to_texts(self.codec, np.asarray(answers[-1])[: len(part)], part)
-        return found
+        return [self._read(logits) for _, logits in self._logits(texts, batch, steps)]
+
+    def _read(self, logits: np.ndarray) -> str:
+        text = self.codec.decode(np.argmax(logits, axis=-1))
+        return text if text.endswith("\n") or not text else text + "\n"
+
+    def _logits(self, texts: Sequence[str], batch: int, steps: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The grid of every text, and the logits of its answer's cells after the last supervision step."""
+        found = [self.codec.encode(text) for text in texts]
+        strips = [grids.question(self.codec, grid, self.model.marks > 1) for grid in found]
+        # attention takes boards of any length: a function longer than those of training has one to itself
+        length = max([self.model.length, *map(len, strips)])
+        model = dataclasses.replace(self.model, length=length, columns=length)
+        places, count = grids.pack([len(strip) for strip in strips], length)
+        boards = grids.on_boards(strips, places, -(-count // batch) * batch, length)
+        order = sorted(range(len(texts)), key=lambda number: places[number] or (0, 0))
+        ready: dict[int, np.ndarray] = {}
+        for first in range(0, len(boards), batch):
+            part = boards[first : first + batch]
+            logits = final_logits(model, self.params, part, steps=steps or self.steps, impl=self.impl)
+            whole = np.asarray(logits)
+            for number in order:
+                board, cell = places[number] or (0, 0)
+                if first <= board < first + batch:
+                    own = whole[board - first, cell : cell + len(strips[number])]
+                    ready[number] = grids.grid_logits(self.codec, own, found[number])
+        return ((found[number], ready[number]) for number in range(len(texts)))
 
 
 def train(job: RepairTrain, launch: Launch) -> Path:
@@ -94,8 +113,15 @@ def train(job: RepairTrain, launch: Launch) -> Path:
         folder.write_provenance(provenance)
         note(f"{'continuing' if folder.resumed else 'run folder'} {folder.path}")
         note(f"model: {count(model):,} parameters")
-        stream = corpus.stream(job.pipeline.batch, job.pipeline.seed, jax.process_index(), jax.process_count())
-        batches = grids.BoardStream(stream, corpus.codec, model.marks > 1)
+        stream = corpus.stream(job.pipeline.batch * job.pipeline.per_board, job.pipeline.seed, jax.process_index(), jax.process_count())
+        batches = grids.BoardStream(
+            stream,
+            corpus.codec,
+            job.pipeline.batch // jax.process_count(),
+            model.length,
+            model.marks > 1,
+            job.objective.max_steps,
+        )
         position = batches.get_state()
         state, step = training_parts(job, model, next(batches), mesh)
         batches.set_state(position)
@@ -147,12 +173,15 @@ def read_corpus(source: RepairSource, codec: Codec | None = None) -> RepairCorpu
 
 def fit_grid(model: TinyRecursive, codec: Codec) -> TinyRecursive:
     """`model` for the grid and the vocabulary of the codec; no puzzle vectors."""
-    cells = codec.height * codec.width
-    vocabulary = grids.vocabulary(codec)
     if model.marks not in (1, grids.MARKS):
         raise ConfigError(f"model.marks={model.marks}", f"{grids.MARKS} to see where the parser stops, 1 not to")
     return dataclasses.replace(
-        model, vocab_size=vocabulary, length=cells, rows=codec.height, columns=codec.width, puzzles=0
+        model,
+        vocab_size=grids.vocabulary(codec),
+        begin=grids.begin(codec),
+        rows=1,
+        columns=model.length,
+        puzzles=0,
     )
 
 
@@ -201,7 +230,7 @@ def load(path: ModelPath, impl: str | None = None) -> tuple[Repairer, RepairSour
     folder = wiring.model_folder(path)
     model, params, settings = load_trm(folder, MODEL_TYPE)
     codec = load_codec(folder / CODEC)
-    if (codec.height, codec.width, grids.vocabulary(codec)) != (model.rows, model.columns, model.vocab_size):
+    if (grids.vocabulary(codec), grids.begin(codec)) != (model.vocab_size, model.begin):
         raise InputError(f"{folder}: {CODEC} is not the codec of this model", "export the model again")
     steps, data = settings.get("steps"), settings.get("data")
     if not isinstance(steps, int) or steps < 1 or not isinstance(data, dict):

@@ -15,13 +15,15 @@ from ruvjax.training.optimizer import OptimizerConfig
 
 @dataclass(frozen=True)
 class RepairPipeline:
-    """`batch` functions in work at a time; a halted one makes room. `seed` decides which, and their faults."""
+    """`batch` boards in work at a time; a halted one makes room. `per_board` functions are drawn for each, of which those
+    that find no room are left out. `seed` decides which, and their faults."""
 
     batch: int = 16
+    per_board: int = 4
     seed: int = 0
 
     def __post_init__(self):
-        at_least("pipeline", self, batch=1, seed=0)
+        at_least("pipeline", self, batch=1, per_board=1, seed=0)
 
 
 @dataclass(frozen=True)
