@@ -26,6 +26,7 @@ from ruvjax.data.repair.codec import Codec, load_codec
 from ruvjax.data.repair.evaluate import baselines, score, table
 from ruvjax.data.repair.pairs import Pair, RepairCorpus, RepairSource
 from ruvjax.data.repair.sandbox import Limits
+from ruvjax.data.repair.search import Search, best_edit
 from ruvjax.data.repair.syntax import parse
 from ruvjax.errors import ConfigError, InputError
 from ruvjax.io.trm import load_trm, save_trm
@@ -50,35 +51,43 @@ class Repairer:
     steps: int
     impl: str | None = None
 
-    def repair(self, texts: Sequence[str], batch: int, steps: int = 0, rounds: int = 1) -> list[str]:
-        """The repaired texts. In each further round those that do not parse yet, and changed, are repaired again.
+    def repair(
+        self, texts: Sequence[str], batch: int, steps: int = 0, rounds: int = 1, search: Search | None = None
+    ) -> list[str]:
+        """The repaired texts: with `search` the best edit that parses, and the model's own answer where there is none
+        or without it. In each further round those that do not parse yet, and changed, are repaired again.
         A text that parsed to begin with stays as it was where its repair does not parse.
 
         Raises InputError for a text that does not fit the grid.
         """
-        first, found = texts, self._once(texts, batch, steps)
+        first, found = texts, self._once(texts, batch, steps, search)
         for _ in range(rounds - 1):
             again = [
                 number
                 for number, (text, before) in enumerate(zip(found, texts))
                 if text != before and parse(text) is None and self.codec.fits(text)
             ]
-            texts = found
-            for number, text in zip(again, self._once([found[number] for number in again], batch, steps)):
-                found = [*found[:number], text, *found[number + 1 :]]
+            texts, found = found, list(found)
+            repaired = self._once([found[number] for number in again], batch, steps, search)
+            for number, text in zip(again, repaired):
+                found[number] = text
         return [
             before if parse(text) is None and parse(before) is not None else text for text, before in zip(found, first)
         ]
 
-    def _once(self, texts: Sequence[str], batch: int, steps: int) -> list[str]:
-        return [self._read(logits) for _, logits in self._logits(texts, batch, steps)]
+    def _once(self, texts: Sequence[str], batch: int, steps: int, search: Search | None) -> list[str]:
+        found = list(texts)
+        for number, grid, logits in self._logits(texts, batch, steps):
+            edited = best_edit(self.codec, logits, grid, search) if search is not None else None
+            if edited is not None:
+                found[number] = edited
+            elif search is None or parse(texts[number]) is None:
+                text = self.codec.decode(np.argmax(logits, axis=-1))
+                found[number] = text if text.endswith("\n") or not text else text + "\n"
+        return found
 
-    def _read(self, logits: np.ndarray) -> str:
-        text = self.codec.decode(np.argmax(logits, axis=-1))
-        return text if text.endswith("\n") or not text else text + "\n"
-
-    def _logits(self, texts: Sequence[str], batch: int, steps: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The grid of every text, and the logits of its answer's cells after the last supervision step."""
+    def _logits(self, texts: Sequence[str], batch: int, steps: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """For every text, in any order: its number, its grid, and the logits of the answer's cells at the last step."""
         found = [self.codec.encode(text) for text in texts]
         strips = [grids.question(self.codec, grid, self.model.marks > 1) for grid in found]
         # attention takes boards of any length: a function longer than those of training has one to itself
@@ -86,18 +95,17 @@ class Repairer:
         model = dataclasses.replace(self.model, length=length, columns=length)
         places, count = grids.pack([len(strip) for strip in strips], length)
         boards = grids.on_boards(strips, places, -(-count // batch) * batch, length)
-        order = sorted(range(len(texts)), key=lambda number: places[number] or (0, 0))
-        ready: dict[int, np.ndarray] = {}
+        members: dict[int, list[tuple[int, int]]] = {}
+        for number, place in enumerate(places):
+            if place is not None:
+                members.setdefault(place[0], []).append((number, place[1]))
         for first in range(0, len(boards), batch):
             part = boards[first : first + batch]
             logits = final_logits(model, self.params, part, steps=steps or self.steps, impl=self.impl)
-            whole = np.asarray(logits)
-            for number in order:
-                board, cell = places[number] or (0, 0)
-                if first <= board < first + batch:
-                    own = whole[board - first, cell : cell + len(strips[number])]
-                    ready[number] = grids.grid_logits(self.codec, own, found[number])
-        return ((found[number], ready[number]) for number in range(len(texts)))
+            for board, whole in enumerate(np.asarray(logits), start=first):
+                for number, cell in members.get(board, ()):
+                    own = whole[cell : cell + len(strips[number])]
+                    yield number, found[number], grids.grid_logits(self.codec, own, found[number])
 
 
 def train(job: RepairTrain, launch: Launch) -> Path:
@@ -133,7 +141,9 @@ def train(job: RepairTrain, launch: Launch) -> Path:
             return Repairer(model, params, corpus.codec, steps, job.kernels.attention_impl)
 
         def evaluate(state: TrainState) -> dict[str, float]:
-            texts = repairer_of(state).repair([pair.broken for pair in valid], job.evaluation.batch)
+            settings = job.evaluation
+            broken = [pair.broken for pair in valid]
+            texts = repairer_of(state).repair(broken, settings.batch, search=settings.looking())
             return {"eval_exact": float(np.mean([text == pair.fixed for text, pair in zip(texts, valid)]))}
 
         fitted = fit_state(
@@ -198,8 +208,13 @@ def judge(
     limits = Limits()
     # another seed than that of the corruption in training; all kinds alike, so that rare ones can be judged too
     pairs = corpus.held_out(split, settings.pairs, seed + 1, True, limits if settings.run_tests else None)
-    texts = repairer.repair([pair.broken for pair in pairs], settings.batch, settings.steps, settings.rounds)
-    answers = {"model": texts, **baselines(pairs)}
+    broken = [pair.broken for pair in pairs]
+    search = settings.looking()
+    texts = repairer.repair(broken, settings.batch, settings.steps, settings.rounds, search)
+    answers = {"model": texts}
+    if search is not None:
+        answers["no search"] = repairer.repair(broken, settings.batch, settings.steps, settings.rounds)
+    answers |= baselines(pairs)
     scores = {name: score(pairs, repaired, limits) for name, repaired in answers.items()}
     tables = {measure: table(scores, measure) for measure in ("exact", "parses", "passes")}
     note(tables["exact"])
@@ -263,7 +278,8 @@ def sample(job: RepairSample, launch: Launch) -> Path:
     if not text.strip():
         raise InputError("there is no function to repair", "sample.prompt='...' or sample.file=PATH")
     text = text if text.endswith("\n") else text + "\n"
-    repaired = repairer.repair([text], 1, job.sample.steps, job.sample.rounds)[0]
+    wanted = job.sample
+    repaired = repairer.repair([text], 1, wanted.steps, wanted.rounds, wanted.looking())[0]
     with launch.folder(job.run) as folder:
         provenance = collect_provenance({"seed": job.seed}, vars(allocator.report()))
         folder.write_provenance(provenance)

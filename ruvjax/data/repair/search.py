@@ -1,10 +1,10 @@
-"""Repair by search: of the edits that parse, the one that a model likes best.
+"""Repair by search: of the edits that parse, the one that a model finds most probable.
 
-A model's logits of the answer's cells, from one forward pass, give every candidate text a gain: how much more probable
-its cells are than those of the text as it stands, in nats (only cells that differ count; all others cancel). So all
-edits of one token, any token of the vocabulary at any place, are ranked without another pass, beside edits of
-more tokens that Python's grammar suggests. The parser is the critic, as in BIFI (Yasunaga and Liang 2021,
-arXiv:2106.06600): candidates are shown to it in the order of their gain until it takes one.
+The logits of an answer's cells, from one forward pass, give every candidate text a gain: how much more probable its
+cells are than those of the text as it stands, in nats. Cells on which the two agree cancel, and so do the normalisers
+of the softmax, so a gain is a sum of a few differences of logits. All edits of one token, any token of the vocabulary
+in any place, are ranked like that, beside the edits that Python's grammar suggests. The parser is the critic (as in
+BIFI, Yasunaga and Liang 2021, arXiv:2106.06600): it sees the candidates in the order of their gain until it takes one.
 """
 
 import keyword
@@ -20,13 +20,58 @@ from ruvjax.data.repair.codec import EOL, PAD, Codec
 from ruvjax.data.repair.syntax import CLOSING, OPENING, lex, parse
 from ruvjax.errors import ConfigError
 
+_TOKEN_EDITS = 512  # of one token that are kept, beside those of the grammar
+
 
 class Candidate(NamedTuple):
-    """`gain` in nats over the unchanged text; `row` is replaced by the ids `cells` (none: the line goes)."""
+    """`row` of the grid gets the ids `cells` (none: the line goes); `gain` in nats over the unchanged text."""
 
     gain: float
     row: int
     cells: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Search:
+    """tries: candidates shown to the parser, at most. margin: a text that parses is changed for a gain of at least so
+    many nats. Raises ConfigError."""
+
+    tries: int = 2000
+    margin: float = 2.0
+
+    def __post_init__(self):
+        if isinstance(self.tries, bool) or not isinstance(self.tries, int) or self.tries < 1:
+            raise ConfigError(f"tries={self.tries!r} is out of range", "an integer of 1 or more")
+        if isinstance(self.margin, bool) or not isinstance(self.margin, int | float) or self.margin != self.margin:
+            raise ConfigError(f"margin={self.margin!r} is not a number of nats")
+
+
+def best_edit(
+    codec: Codec, logits: Float[np.ndarray, "height width vocab"], grid: Int[np.ndarray, "height width"], search: Search
+) -> str | None:
+    """The text of `grid` after the most probable single edit that parses; None where no candidate does, or where the
+    text parses already and no gain reaches the margin.
+
+    `logits`: of the codec's ids in the cells of the answer; -inf where an answer cannot be.
+    """
+    text = codec.decode(grid)
+    candidates = token_edits(logits, grid, _TOKEN_EDITS)
+    if parse(text) is None:
+        candidates += suggested_edits(codec, logits, grid)
+    else:
+        candidates = [one for one in candidates if one.gain >= search.margin]
+    lines = [codec.decode(row[None]) for row in grid]
+    seen = {text}
+    for one in sorted(candidates, key=lambda one: -one.gain):
+        if len(seen) > search.tries:
+            return None
+        line = codec.decode(np.array([one.cells], np.int32))
+        changed = "".join([*lines[: one.row], line, *lines[one.row + 1 :]])
+        if changed not in seen:
+            seen.add(changed)
+            if parse(changed) is not None:
+                return changed
+    return None
 
 
 def token_edits(
@@ -40,61 +85,55 @@ def token_edits(
     for row, cells in enumerate(grid):
         length = int((cells != PAD).sum())
         if length:
-            found += _row_edits(logits[row], [int(cell) for cell in cells[:length]], row, count)
+            found += _row_edits(logits[row], cells[:length].astype(np.int64), row, count)
     return sorted(found, key=lambda one: -one.gain)[:count]
 
 
-def _row_edits(logits: np.ndarray, cells: list[int], row: int, count: int) -> list[Candidate]:
-    length, width = len(cells), len(logits)
-    ended = cells[-1] == EOL
-    places = length - 1 if ended else length  # tokens that may change
-    own = np.array(cells)
-    stays = logits[np.arange(length), own]
+def _row_edits(logits: np.ndarray, own: np.ndarray, row: int, count: int) -> list[Candidate]:
+    length, cells = len(own), tuple(own.tolist())
+    places = length - 1 if own[-1] == EOL else length  # whose tokens may change
+    here = np.arange(length)
+    stays = logits[here, own]
     found = [Candidate(float((logits[:length, PAD] - stays).sum()), row, ())]
-    # what it is worth to move the tokens from each place on by one cell
-    after = np.array([*cells[1:], PAD])
-    left = np.cumsum((logits[np.arange(length), after] - stays)[::-1])[::-1]
-    found += [Candidate(float(left[i]), row, (*cells[:i], *cells[i + 1 :])) for i in range(places)]
-    worth = logits[:places] - stays[:places, None]
-    worth[np.arange(places), own[:places]] = -np.inf
-    worth[:, [PAD, EOL]] = -np.inf
+    to_left = _from_here_on(logits[here, np.append(own[1:], PAD)] - stays)
+    found += [Candidate(float(to_left[i]), row, cells[:i] + cells[i + 1 :]) for i in range(places)]
+    replaced = logits[:places] - stays[:places, None]
+    replaced[here[:places], own[:places]] = -np.inf
     found += [
-        Candidate(float(worth[i, token]), row, (*cells[:i], token, *cells[i + 1 :]))
-        for i, token in _largest(worth, count)
+        Candidate(gain, row, (*cells[:i], token, *cells[i + 1 :])) for gain, i, token in _largest(replaced, count)
     ]
-    if length < width:
-        last = length + 1
-        there = np.array([*cells[1:], PAD])
-        moved = logits[np.arange(1, last), own] - logits[np.arange(1, last), there]
-        right = np.cumsum(moved[::-1])[::-1]
-        if not ended:
-            right = np.append(right, 0.0)
-        begin = len(right)
-        stay = np.append(stays, logits[length, PAD])[:begin]
-        worth = logits[:begin] - stay[:, None] + right[:, None]
-        worth[:, [PAD, EOL]] = -np.inf
-        found += [
-            Candidate(float(worth[i, token]), row, (*cells[:i], token, *cells[i:]))
-            for i, token in _largest(worth, count)
-        ]
+    if length < len(logits):
+        to_right = _from_here_on(logits[here + 1, own] - logits[here + 1, np.append(own[1:], PAD)])
+        put_in = logits[:length] - stays[:, None] + to_right[:, None]
+        found += [Candidate(gain, row, (*cells[:i], token, *cells[i:])) for gain, i, token in _largest(put_in, count)]
     return found
 
 
-def _largest(worth: np.ndarray, count: int) -> list[tuple[int, int]]:
-    """The places (row, column) of the `count` largest numbers."""
-    count = min(count, worth.size)
-    flat = np.argpartition(worth, worth.size - count, axis=None)[worth.size - count :] if count else []
-    return [divmod(int(place), worth.shape[1]) for place in flat]
+def _from_here_on(gains: np.ndarray) -> np.ndarray:
+    return np.cumsum(gains[::-1])[::-1]
 
 
-def line_edits(
-    codec: Codec, logits: Float[np.ndarray, "height width vocab"], grid: Int[np.ndarray, "height width"], text: str
+def _largest(gains: np.ndarray, count: int) -> list[tuple[float, int, int]]:
+    """(gain, place, token) of the `count` largest of [places, vocab], padding and newlines left out."""
+    gains[:, [PAD, EOL]] = -np.inf
+    count = min(count, gains.size)
+    flat = np.argpartition(gains, gains.size - count, axis=None)[gains.size - count :]
+    return [
+        (float(gains[place]), *place)
+        for place in zip(*(part.tolist() for part in np.unravel_index(flat, gains.shape)))
+        if gains[place] > -np.inf
+    ]
+
+
+def suggested_edits(
+    codec: Codec, logits: Float[np.ndarray, "height width vocab"], grid: Int[np.ndarray, "height width"]
 ) -> list[Candidate]:
-    """The `respellings` of a text that fit the grid, with their gains, in no order."""
-    found: list[Candidate] = []
+    """The `grammar_edits` of the text of `grid` that fit it, in no order."""
+    text = codec.decode(grid)
     lines = text.split("\n")
     starts = np.cumsum([0, *(len(line) + 1 for line in lines)])
-    for edit in respellings(text):
+    found: list[Candidate] = []
+    for edit in grammar_edits(text):
         row = int(np.searchsorted(starts, edit.start, side="right")) - 1
         begin = int(starts[row])
         changed = Edit(edit.start - begin, edit.end - begin, edit.new).apply(lines[row])
@@ -112,27 +151,43 @@ def _gain(logits: np.ndarray, before: np.ndarray, cells: list[int]) -> float:
 
 
 _WORDS = tuple(sorted({*keyword.kwlist, *keyword.softkwlist} - {"_"}))
+_COMPARISONS = ("==", "!=", "<=", ">=")
+_TURNED = dict(zip(OPENING + CLOSING, CLOSING + OPENING))
 
 
-def respellings(text: str) -> Iterator[Edit]:
-    """Edits within a line that may take several tokens: another indentation, a word that is nearly a keyword, a bracket
-    within a word or at its ends."""
-    begin = 0
+def grammar_edits(text: str) -> Iterator[Edit]:
+    """The edits within a line that may be what a text that does not parse wants: another indentation; a colon, comma
+    or bracket put in; one of two equal signs, or a bracket, taken out; a bracket of another kind; a comparison for `=`;
+    a keyword for what is nearly one."""
+    begin, above = 0, 0
     for line in text.split("\n")[:-1]:
         blanks = len(line) - len(line.lstrip(" "))
-        for count in {blanks - 4, blanks - 1, blanks + 1, blanks + 4, blanks // 4 * 4, blanks // 4 * 4 + 4}:
+        down = blanks // 4 * 4
+        for count in {blanks - 4, blanks - 1, blanks + 1, blanks + 4, down, down + 4, above}:
             if count >= 0 and count != blanks:
                 yield Edit(begin, begin + blanks, " " * count)
         begin += len(line) + 1
+        above = blanks
+    before = ""
     for token in lex(text):
-        if token.kind not in ("name", "keyword"):
+        if token.kind == "newline":
             continue
-        for word in _WORDS:
-            if word != token.text and nearly(token.text, word):
-                yield Edit(token.start, token.end, word)
-        for place in range(token.start, token.end + 1):
-            for sign in OPENING + CLOSING:
-                yield Edit(place, place, sign)
+        start, end, word = token.start, token.end, token.text
+        yield from (Edit(end, end, sign) for sign in (":", ",", *OPENING, *CLOSING))
+        yield from (Edit(start, start, sign) for sign in OPENING)
+        if token.kind in ("name", "keyword"):
+            yield from (Edit(start, end, other) for other in _WORDS if other != word and nearly(word, other))
+            # what stood before a bracket that is missing now touches what follows
+            yield from (Edit(place, place, sign) for place in range(start + 1, end) for sign in OPENING)
+        elif word in _TURNED:
+            yield Edit(start, end, "")
+            kind = OPENING if word in OPENING else CLOSING
+            yield from (Edit(start, end, sign) for sign in (*kind, _TURNED[word]) if sign != word)
+        elif word == before and token.kind == "sign":
+            yield Edit(start, end, "")
+        elif word == "=":
+            yield from (Edit(start, end, sign) for sign in _COMPARISONS)
+        before = word
 
 
 def nearly(word: str, other: str) -> bool:
@@ -141,44 +196,4 @@ def nearly(word: str, other: str) -> bool:
         return False
     first = next((i for i, (a, b) in enumerate(zip(word, other)) if a != b), min(len(word), len(other)))
     a, b = word[first:], other[first:]
-    return a[1:] == b[1:] or a[1:] == b or a == b[1:] or (len(a) > 1 and a[1::-1] == b[:2] and a[2:] == b[2:])
-
-
-@dataclass(frozen=True)
-class Search:
-    """How far to look: `edits` of one token, the best ones; `tries`, candidates shown to the parser; `margin`, the
-    gain in nats from which a text that parses is changed."""
-
-    edits: int = 512
-    tries: int = 2000
-    margin: float = 0.0
-
-    def __post_init__(self):
-        for name in ("edits", "tries"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"search.{name}={value!r} is out of range", "an integer of 1 or more")
-
-
-def best_edit(
-    codec: Codec, logits: Float[np.ndarray, "height width vocab"], grid: Int[np.ndarray, "height width"], search: Search
-) -> tuple[str, float] | None:
-    """(text, gain) of the first edit that parses, or None where there is none."""
-    text = codec.decode(grid)
-    broken = parse(text) is None
-    found = token_edits(logits, grid, search.edits)
-    if broken:
-        found = sorted([*found, *line_edits(codec, logits, grid, text)], key=lambda one: -one.gain)
-    lines = [codec.decode(row[None]) for row in grid]
-    seen: set[str] = {text}
-    for one in found:
-        if len(seen) > search.tries or (not broken and one.gain < search.margin):
-            return None
-        line = codec.decode(np.array([one.cells], np.int32)) if one.cells else ""
-        changed = "".join([*lines[: one.row], line, *lines[one.row + 1 :]])
-        if changed in seen:
-            continue
-        seen.add(changed)
-        if parse(changed) is not None:
-            return changed, one.gain
-    return None
+    return a[1:] == b[1:] or a[1:] == b or a == b[1:] or (a[1::-1] == b[:2] and a[2:] == b[2:])
