@@ -30,7 +30,8 @@ from ruvjax.data.repair.search import Search, best_edit
 from ruvjax.data.repair.syntax import parse
 from ruvjax.errors import ConfigError, InputError
 from ruvjax.io.trm import load_trm, save_trm
-from ruvjax.models.trm import TinyRecursive, final_logits
+from ruvjax.models.trm import TinyRecursive
+from ruvjax.models.trm_solve import final_logits
 from ruvjax.training import report
 from ruvjax.training.provenance import collect_provenance
 from ruvjax.training.runfolder import RunFolder, read_metrics
@@ -121,7 +122,8 @@ def train(job: RepairTrain, launch: Launch) -> Path:
         folder.write_provenance(provenance)
         note(f"{'continuing' if folder.resumed else 'run folder'} {folder.path}")
         note(f"model: {count(model):,} parameters")
-        stream = corpus.stream(job.pipeline.batch * job.pipeline.per_board, job.pipeline.seed, jax.process_index(), jax.process_count())
+        drawn = job.pipeline.batch * job.pipeline.per_board
+        stream = corpus.stream(drawn, job.pipeline.seed, jax.process_index(), jax.process_count())
         batches = grids.BoardStream(
             stream,
             corpus.codec,

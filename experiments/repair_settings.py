@@ -16,8 +16,8 @@ from ruvjax.training.optimizer import OptimizerConfig
 
 @dataclass(frozen=True)
 class RepairPipeline:
-    """`batch` boards in work at a time; a halted one makes room. `per_board` functions are drawn for each, of which those
-    that find no room are left out. `seed` decides which, and their faults."""
+    """`batch` boards in work at a time; a halted one makes room. For each `per_board` functions are drawn, of which
+    those that find no room are left out. `seed` decides which, and their faults."""
 
     batch: int = 16
     per_board: int = 4
@@ -47,7 +47,7 @@ class RepairEvaluation:
     run_tests: bool = True
     search: bool = True
     tries: int = 2000
-    margin: float = 2.0
+    margin: float = 4.0
 
     def __post_init__(self):
         at_least("evaluation", self, batch=1, steps=0, rounds=1, pairs=1, valid_pairs=1, shown=0)
@@ -109,7 +109,7 @@ class RepairPrompt:
     rounds: int = 3
     search: bool = True
     tries: int = 2000
-    margin: float = 2.0
+    margin: float = 4.0
 
     def __post_init__(self):
         at_least("sample", self, steps=0, rounds=1)

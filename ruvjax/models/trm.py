@@ -2,7 +2,7 @@
 
 One small network f improves two latents by turns: z <- f(z + y + x), n times, then y <- f(y + z); T such cycles make
 one supervision step, and only the last cycle carries gradient. y is read out as the answer, z is scratch space, x the
-embedded question. Steps follow each other through the detached `Latent`; `trm_loss` trains and `solve` runs them.
+embedded question. Steps follow each other through the detached `Latent`; `trm_loss` trains and `trm_solve` runs them.
 """
 
 import functools
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from kernels_pallas.attention import Mask, attention
 from ruvjax.core.linear import embed, linear, readout
@@ -126,17 +126,8 @@ class TinyRecursive:
 
     def __post_init__(self):
         least = {"vocab_size": 2, "length": 1, "width": 1, "heads": 1, "layers": 1, "mlp_width": 1, "cycles": 1}
-        least |= {
-            "updates": 1,
-            "rows": 0,
-            "columns": 0,
-            "puzzles": 0,
-            "prefix": 0,
-            "mix_width": 0,
-            "marks": 1,
-            "copy": -1,
-            "begin": 0,
-        }
+        least |= {"updates": 1, "rows": 0, "columns": 0, "puzzles": 0, "prefix": 0, "mix_width": 0}
+        least |= {"marks": 1, "copy": -1, "begin": 0}
         for name, low in least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
@@ -279,9 +270,17 @@ class TinyRecursive:
         """Add each cell's gates to the logits of the tokens that stand up to `copy` cells beside it in the question."""
         batch, reach = inputs.shape[0], self.copy
         grid = (inputs % self.vocab_size).reshape(batch, self.rows, self.columns)
-        padded = jnp.pad(grid, ((0, 0), (0, 0), (reach, reach)))
-        near = [padded[:, :, offset : offset + self.columns] for offset in range(2 * reach + 1)]
-        tokens = jnp.stack(near, axis=-1).reshape(-1)
+
+        def beside(x: jax.Array) -> jax.Array:
+            padded = jnp.pad(x, ((0, 0), (0, 0), (reach, reach)))
+            return jnp.stack([padded[:, :, offset : offset + self.columns] for offset in range(2 * reach + 1)], axis=-1)
+
+        tokens = beside(grid)
+        parts = self._segments(inputs, None)
+        if parts is not None:  # what is of another puzzle counts as outside
+            own = parts.reshape(grid.shape)
+            tokens = jnp.where(beside(own) == own[..., None], tokens, 0)
+        tokens = tokens.reshape(-1)
         gates = gates.astype(logits.dtype).at[..., reach].add(here)
         rows = jnp.repeat(jnp.arange(batch * self.length), 2 * reach + 1)
         flat = logits.reshape(batch * self.length, -1).at[rows, tokens].add(gates.reshape(-1))
@@ -392,45 +391,3 @@ def unstack(layers: Layer, count: int) -> list[Layer]:
     leaves, treedef = jax.tree.flatten(layers)
     parts = [lax.split(w, (1,) * count) for w in leaves]
     return [cast(Layer, treedef.unflatten([part[i][0] for part in parts])) for i in range(count)]
-
-
-@functools.partial(jax.jit, static_argnames=("model", "steps", "impl"))
-def solve(
-    model: TinyRecursive,
-    params: TinyRecursiveParams,
-    inputs: Int[Array, "batch length"],
-    puzzle: Int[Array, "batch"] | None = None,
-    mask: Bool[Array, "batch length"] | None = None,
-    *,
-    steps: int = 16,
-    impl: str | None = None,
-) -> tuple[Int[Array, "steps batch length"], Float[Array, "steps batch"]]:
-    """The answer and the halting logit after each of `steps` supervision steps; nobody halts, as in the paper's
-    evaluation. A row's answer depends on that row alone."""
-
-    def step(latent: Latent, _: None) -> tuple[Latent, tuple[jax.Array, jax.Array]]:
-        output, latent = model.apply(params, inputs, latent, puzzle=puzzle, mask=mask, impl=impl)
-        assert output.logits is not None
-        return latent, (jnp.argmax(output.logits, axis=-1).astype(jnp.int32), output.aux["halt"])
-
-    return lax.scan(step, model.init_latent(params, inputs.shape[0]), length=steps)[1]
-
-
-@functools.partial(jax.jit, static_argnames=("model", "steps", "impl"))
-def final_logits(
-    model: TinyRecursive,
-    params: TinyRecursiveParams,
-    inputs: Int[Array, "batch length"],
-    *,
-    steps: int = 16,
-    impl: str | None = None,
-) -> Float[Array, "batch length vocab"]:
-    """What the answer's cells may be, after the last of `steps` supervision steps, nobody halting."""
-
-    def step(latent: Latent, _: None) -> tuple[Latent, None]:
-        return model.apply(params, inputs, latent, impl=impl)[1], None
-
-    latent, _ = lax.scan(step, model.init_latent(params, inputs.shape[0]), length=steps - 1)
-    logits = model.apply(params, inputs, latent, impl=impl)[0].logits
-    assert logits is not None
-    return logits

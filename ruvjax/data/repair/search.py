@@ -8,6 +8,7 @@ BIFI, Yasunaga and Liang 2021, arXiv:2106.06600): it sees the candidates in the 
 """
 
 import keyword
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -37,7 +38,7 @@ class Search:
     many nats. Raises ConfigError."""
 
     tries: int = 2000
-    margin: float = 2.0
+    margin: float = 4.0
 
     def __post_init__(self):
         if isinstance(self.tries, bool) or not isinstance(self.tries, int) or self.tries < 1:
@@ -55,11 +56,10 @@ def best_edit(
     `logits`: of the codec's ids in the cells of the answer; -inf where an answer cannot be.
     """
     text = codec.decode(grid)
-    candidates = token_edits(logits, grid, _TOKEN_EDITS)
+    candidates, least = token_edits(logits, grid, _TOKEN_EDITS), search.margin
     if parse(text) is None:
-        candidates += suggested_edits(codec, logits, grid)
-    else:
-        candidates = [one for one in candidates if one.gain >= search.margin]
+        candidates, least = [*candidates, *suggested_edits(codec, logits, grid)], -sys.float_info.max
+    candidates = [one for one in candidates if one.gain >= least]
     lines = [codec.decode(row[None]) for row in grid]
     seen = {text}
     for one in sorted(candidates, key=lambda one: -one.gain):
