@@ -117,8 +117,7 @@ def test_cells_out_of_reach_are_never_filled(codec):
     logits, grid = wanting(codec, broken, FIXED)
     length = int((grid[1] != PAD).sum())
     logits[1, length:, PAD + 1 :] = -np.inf  # no room for the colon
-    found = best_edit(codec, logits, grid, Search())
-    assert found is not None and found != FIXED and parse(found) is not None
+    assert best_edit(codec, logits, grid, Search()) is None
 
 
 KINDS = ("missing_colon", "indentation", "parenthesis", "bracket", "comma", "comparison", "naming")
