@@ -137,7 +137,8 @@ def _declare(name, results, native_form, xla_form) -> Primitive:
     primitive.def_impl(xla_form)  # reached only where jit is disabled
 
     def lower(context, *operands, **params):
-        form = native_form if _one_device(context.module_context.axis_context) else xla_form
+        whole = _one_device(context.module_context.axis_context)
+        form = native_form if whole and not native.unavailable(SOURCE, TARGETS) else xla_form
         return mlir.lower_fun(partial(form, **params), multiple_results=True)(context, *operands)
 
     def batch(operands, axes, **params):
