@@ -62,24 +62,72 @@ inline void store(void* to, V v) {
 inline Floats fill(float x) { return Floats{} + x; }
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// 2^x within 2 units in the last place, for x up to 127; below -127 about 0. NaN stays NaN.
+// Lanes of a and b (numbered on from a's) in the order of `index`.
+inline Floats shuffle(Floats a, Floats b, Ints index) {
+#if defined(__clang__)
+  Floats to;
+  for (int i = 0; i < kLanes; ++i) to[i] = index[i] < kLanes ? a[index[i]] : b[index[i] - kLanes];
+  return to;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+struct Lanes {
+  int32_t index[kLanes];
+};
+
+template <typename F>
+constexpr Lanes lanes(F index) {
+  Lanes to{};
+  for (int i = 0; i < kLanes; ++i) to.index[i] = index(i);
+  return to;
+}
+
+// Lane i takes lane i ^ kStep.
+template <int kStep>
+inline Floats exchange(Floats v) {
+  static constexpr Lanes order = lanes([](int i) { return i ^ kStep; });
+  return shuffle(v, v, load<Ints>(order.index));
+}
+
+inline Floats more(Floats a, Floats b) { return a > b ? a : b; }
+
+template <int kStep = kLanes / 2>
+inline float largest(Floats v) {
+  v = more(v, exchange<kStep>(v));
+  if constexpr (kStep > 1) return largest<kStep / 2>(v);
+  return v[0];
+}
+
+template <int kStep = kLanes / 2>
+inline float total(Floats v) {
+  v = v + exchange<kStep>(v);
+  if constexpr (kStep > 1) return total<kStep / 2>(v);
+  return v[0];
+}
+
+// 2^x within 2 units in the last place, for x up to 127. -inf gives 0 or less than 1e-38, NaN stays NaN.
 inline Floats exp2(Floats x) {
+#if defined(__AVX512F__)
+  const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  const Floats f = x - (Floats)n;
+#else
   x = x < -127.0f ? fill(-127.0f) : x;
   const Floats shifted = x + 12582912.0f;  // 1.5 * 2^23: the integer nearest to x stands in the low bits
   const Floats f = x - (shifted - 12582912.0f);
+#endif
   Floats p = fill(0.0013264727080064078f);
   p = p * f + 0.009671512862184924f;
   p = p * f + 0.055507337456458423f;
   p = p * f + 0.24022242081843181f;
   p = p * f + 0.6931469775965878f;
   p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  return (Floats)_mm512_scalef_ps((__m512)p, n);
+#else
   return (Floats)((Ints)p + ((Ints)shifted << 23));
-}
-
-inline float total(Floats v) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
+#endif
 }
 
 struct Bfloat16 {
@@ -96,6 +144,19 @@ inline void narrow(float x, Bfloat16* to) {
   const uint32_t bits = load<uint32_t>(&x);
   const bool nan = (bits & 0x7fffffff) > 0x7f800000;
   to->bits = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline Floats widen_lanes(const float* from) { return load<Floats>(from); }
+inline Floats widen_lanes(const Bfloat16* from) {
+  typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+  return (Floats)(__builtin_convertvector(load<Halves>(from), Ints) << 16);
+}
+
+template <typename T>
+inline void widen_row(const T* from, int64_t dim, float* row) {
+  int64_t x = 0;
+  for (; x + kLanes <= dim; x += kLanes) store(row + x, widen_lanes(from + x));
+  for (; x < dim; ++x) row[x] = widen(from[x]);
 }
 
 // Dots of floats.
@@ -215,12 +276,35 @@ void multiply(int64_t rows, int64_t width, int64_t steps, const typename P::Word
                          accumulate);
 }
 
-// to[x, i] = from[i, x] of `rows` x `width` words.
+// A square of kLanes vectors is transposed by swapping halves, quarters and so on down to single lanes.
+template <int kStep = kLanes / 2>
+inline __attribute__((always_inline)) void turn(Floats (&v)[kLanes]) {
+  static constexpr Lanes low = lanes([](int i) { return i & kStep ? kLanes + i - kStep : i; });
+  static constexpr Lanes high = lanes([](int i) { return i & kStep ? kLanes + i : i + kStep; });
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kStep) continue;
+    const Floats a = v[i], b = v[i + kStep];
+    v[i] = shuffle(a, b, load<Ints>(low.index));
+    v[i + kStep] = shuffle(a, b, load<Ints>(high.index));
+  }
+  if constexpr (kStep > 1) turn<kStep / 2>(v);
+}
+
+// to[x, i] = from[i, x] of `rows` (a multiple of kLanes) x `width` words.
 template <typename Word>
 void transpose(const Word* from, int64_t rows, int64_t width, Word* to, int64_t ld) {
-  for (int64_t i0 = 0; i0 < rows; i0 += 16)
-    for (int64_t x = 0; x < width; ++x)
-      for (int64_t i = i0; i < std::min(i0 + 16, rows); ++i) to[x * ld + i] = from[i * width + x];
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    int64_t x = 0;
+    for (; x + kLanes <= width; x += kLanes) {
+      Floats square[kLanes];
+      for (int r = 0; r < kLanes; ++r) square[r] = load<Floats>(from + (i + r) * width + x);
+      turn(square);
+      for (int r = 0; r < kLanes; ++r) store(to + (x + r) * ld + i, square[r]);
+    }
+    for (; x < width; ++x)
+      for (int64_t r = i; r < i + kLanes; ++r) to[x * ld + r] = from[r * width + x];
+  }
 }
 
 // Memory of one thread, kept between calls: fresh pages would cost more than the work in them.
@@ -271,7 +355,7 @@ struct Head {
 };
 
 template <typename T>
-inline void rotate(float* row, int64_t dim, const float* cos, const float* sin, float sign) {
+inline void rotate(float* __restrict row, int64_t dim, const float* __restrict cos, const float* __restrict sin, float sign) {
   const int64_t half = dim / 2;
   for (int64_t x = 0; x < half; ++x) {
     const float a = row[x], b = row[x + half], s = sign * sin[x];
@@ -292,14 +376,14 @@ bool stage(const Head<T>& head, int64_t first, int64_t count, int64_t padded, in
   std::memset(row, 0, sizeof(row));
   for (int64_t i = 0; i < count; ++i) {
     const T* from = head.first + (first + i) * head.stride;
-    for (int64_t x = 0; x < dim; ++x) row[x] = widen(from[x]);
+    widen_row(from, dim, row);
     if (head.cos != nullptr) {
       rotate<T>(row, dim, head.cos + (first + i) * (dim / 2), head.sin + (first + i) * (dim / 2), 1.0f);
     }
     if (bad != nullptr) {
-      float sum = 0;
-      for (int64_t x = 0; x < dim; ++x) sum += row[x] * 0.0f;
-      bad[i] = !(sum == 0.0f);
+      Floats sum{};
+      for (int64_t x = 0; x < width; x += kLanes) sum += load<Floats>(row + x) * 0.0f;
+      bad[i] = !(total(sum) == 0.0f);
       if (bad[i]) {
         std::memset(row, 0, sizeof(row));
         any = true;
@@ -319,12 +403,6 @@ inline void finish(float* row, int64_t dim, float factor, const float* cos, cons
   for (int64_t x = 0; x < dim; ++x) narrow(factor * row[x], to + x);
 }
 
-inline float largest(Floats v) {
-  float most = v[0];
-  for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
-  return most;
-}
-
 inline Ints chosen(const uint8_t* keep) { return __builtin_convertvector(load<Bytes>(keep), Ints) != 0; }
 
 // Rows [first, first + count) of a mask's columns [from, from + columns), zeros up to `padded` rows and `ld` columns.
@@ -342,7 +420,7 @@ inline void stage_mask(const uint8_t* mask, int64_t keys, int64_t first, int64_t
 template <typename P, bool kMasked>
 float soften(float* row, int64_t columns, int64_t padded, float c, const uint8_t* keep, const uint8_t* bad, float& peak,
              float& sum) {
-  for (int64_t x = columns; x < padded; ++x) row[x] = -kInfinity;
+  for (int64_t x = columns; x < padded; ++x) row[x] = -1e30f;  // finite: exp2 makes it 0
   Floats most[kColumns];
   for (auto& m : most) m = fill(-kInfinity);
   for (int64_t x = 0; x < padded; x += kTile) {
@@ -352,10 +430,10 @@ float soften(float* row, int64_t columns, int64_t padded, float c, const uint8_t
         s = chosen(keep + x + v * kLanes) ? s : fill(-kInfinity);
         store(row + x + v * kLanes, s);
       }
-      most[v] = s > most[v] ? s : most[v];
+      most[v] = more(s, most[v]);
     }
   }
-  for (int v = 1; v < kColumns; ++v) most[0] = most[v] > most[0] ? most[v] : most[0];
+  for (int v = 1; v < kColumns; ++v) most[0] = more(most[v], most[0]);
   const float before = peak;
   peak = std::max(before, c * largest(most[0]));
   const float shift = peak == -kInfinity ? 0.0f : peak;
@@ -495,6 +573,7 @@ void backward_task(const Problem<T>& p, const Gradients<T>& g, int64_t task) {
   float *scores = scores_.need(kQueryBlock * ld), *dp = dp_.need(kQueryBlock * ld), *dq = dq_.need(kQueryBlock * width);
   float *dk = dk_.need(most * width), *dv = dv_.need(most * width);
   uint8_t *keep = keep_.need(kQueryBlock * ld), *bad = bad_.need(std::max(most, kQueryBlock));
+  float o[kMaxDim] = {}, d[kMaxDim] = {};
   const bool apart = P::kPack > 1;
   Word* weights = apart ? weights_.need(kQueryBlock / P::kPack * ld) : reinterpret_cast<Word*>(scores);
   Word* gradient = apart ? gradient_.need(kQueryBlock / P::kPack * ld) : reinterpret_cast<Word*>(dp);
@@ -524,8 +603,12 @@ void backward_task(const Problem<T>& p, const Gradients<T>& g, int64_t task) {
         stage<T, P>(upstream, first, count, rows, p.dim, width, douts, masked ? bad : nullptr);
         for (int64_t i = 0; i < count; ++i) {
           // sum_m P dP = dO . O for each query.
-          const T *o = g.out + offset + (first + i) * p.heads * p.dim, *d = g.dout + offset + (first + i) * p.heads * p.dim;
-          for (int64_t x = 0; x < p.dim; ++x) inner[i] += widen(o[x]) * widen(d[x]);
+          const int64_t at = offset + (first + i) * p.heads * p.dim;
+          widen_row(g.out + at, p.dim, o);
+          widen_row(g.dout + at, p.dim, d);
+          Floats sum{};
+          for (int64_t x = 0; x < width; x += kLanes) sum += load<Floats>(o + x) * load<Floats>(d + x);
+          inner[i] = total(sum);
           lse[i] = masked && bad[i] ? __builtin_nanf("") : g.lse[(b * p.queries + first + i) * p.heads + h];
         }
         const Word* rows_of_q = P::interleave(queries, rows, width, mixed_q);
