@@ -18,6 +18,11 @@ from kernels_pallas.layout import contract, contract_leading
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
     """Same contract as the reference; q [batch, length, heads, dim], k and v [batch, length, kv_heads, dim]."""
+    return attend(q, k, v, mask.allowed(q.shape[1]), scale)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None, scale: float) -> jax.Array:
+    """The same with the mask as bool [batch or 1, length, length], or None where everything is allowed."""
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
@@ -25,7 +30,6 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float
     folded_q = q.reshape(batch, length, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
     folded_q = folded_q.reshape(batch * kv_heads, group * length, dim)
     folded_k, folded_v = (x.transpose(0, 2, 1, 3).reshape(batch * kv_heads, length, dim) for x in (k, v))
-    allowed = mask.allowed(length)
     out = cast(jax.Array, _attend(folded_q, folded_k, folded_v, allowed, scale))
     out = out.reshape(batch, kv_heads, group, length, dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, heads, dim)
