@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.dispatch import Body, dispatch
-from kernels_pallas.selective_scan import reference, ssd, xla
+from kernels_pallas.selective_scan import reference, ssd, tpu, xla
 
 __all__ = ["selective_scan", "state_space_dual"]
 
@@ -66,14 +66,25 @@ def _scan(impl, x, delta, a, b, c, d, initial, reset):
     return _scan_fwd(impl, x, delta, a, b, c, d, initial, reset)[0]
 
 
+def _bodies(name, x, delta, b, c):
+    """The bodies of the op's "forward" or "backward"."""
+    on_tpu, interpreted = tpu.unsupported(x, delta, b, c), partial(getattr(tpu, name), interpret=True)
+    return {
+        "xla": Body(getattr(xla, name)),
+        "pallas_tpu": Body(getattr(tpu, name), on_tpu),
+        "interpret": Body(interpreted, on_tpu),
+    }
+
+
 def _scan_fwd(impl, x, delta, a, b, c, d, initial, reset):
-    bodies = {"xla": Body(xla.forward)}
+    bodies = _bodies("forward", x, delta, b, c)
     y, final, starts = dispatch("selective_scan", impl, bodies, x, delta, a, b, c, d, initial, reset)
     return (y, final), (x, delta, a, b, c, d, reset, starts)
 
 
 def _scan_bwd(impl, saved, cotangents):
-    bodies = {"xla": Body(xla.backward)}
+    x, delta, _, b, c, *_ = saved
+    bodies = _bodies("backward", x, delta, b, c)
     return *dispatch("selective_scan", impl, bodies, *saved, *cotangents), None
 
 
