@@ -1,7 +1,6 @@
 """The unmask ops in plain XLA: the product path on CPU and Metal, and the fallback elsewhere."""
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -31,17 +30,15 @@ def _valid(targets, vocabulary, exclude):
     return (targets >= 0) & (targets < vocabulary) & (targets != exclude)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def masked_cross_entropy(logits, targets, exclude):
-    """See `kernels_pallas.unmask.masked_cross_entropy`."""
-    return _forward(logits, targets, exclude)[0]
+def cross_entropy(logits, targets, exclude):
+    """The loss of each row and, for `cross_entropy_backward`, its log-sum-exp."""
+    return loss(logits, targets, _log_sum_exp(logits, exclude), exclude)
 
 
-def _forward(logits, targets, exclude):
-    lse = _log_sum_exp(logits, exclude)
+def loss(logits, targets, lse, exclude):
     valid = _valid(targets, logits.shape[-1], exclude)
     picked = _entry(logits, jnp.where(valid, targets, 0))
-    return jnp.where(valid, lse - picked, 0.0), (logits, targets, lse)
+    return jnp.where(valid, lse - picked, 0.0), lse
 
 
 def _entry(logits, index):
@@ -73,17 +70,18 @@ def _log_sum_exp(logits, exclude):
     return jax.lax.cond(jnp.all(2.0 * out < total), lambda: peak + jnp.log(total - out), overwritten)
 
 
-def _backward(exclude, saved, cotangent):
-    logits, targets, lse = saved
+def cross_entropy_backward(logits, targets, lse, cotangent, exclude):
+    """The gradient of the logits: one pass that reads them and writes it, on every device."""
     x = _without(logits, exclude)
     hot = _iota(x) == targets[..., None]
     gradient = (jnp.exp(x - lse[..., None]) - hot) * cotangent[..., None]
     # `where`, not a zero factor: a row without a target may hold anything, and 0 * inf is NaN.
-    gradient = jnp.where(_valid(targets, x.shape[-1], exclude)[..., None], gradient, 0.0)
-    return gradient.astype(logits.dtype), None
+    return jnp.where(_valid(targets, x.shape[-1], exclude)[..., None], gradient, 0.0).astype(logits.dtype)
 
 
-masked_cross_entropy.defvjp(_forward, _backward)
+def counted(targets, vocabulary, exclude):
+    """The targets, with -1 for every one that costs nothing."""
+    return jnp.where(_valid(targets, vocabulary, exclude), targets, -1).astype(jnp.int32)
 
 
 class Groups(NamedTuple):
@@ -124,6 +122,12 @@ def _groups_of(logits, floor, temperature, group) -> Groups:
     parts = [logits[..., :whole].reshape(*logits.shape[:-1], whole // group, group), logits[..., None, whole:]]
     found = [_group_part(part, floor, temperature) for part in parts if part.shape[-1] and part.shape[-2]]
     return Groups(*(None if one[0] is None else jnp.concatenate(one, axis=-1) for one in zip(*found)))
+
+
+def log_sum_exp_of(found: Groups):
+    """Of whole rows."""
+    peak = jnp.max(found.peak, axis=-1)
+    return peak + jnp.log(jnp.sum(found.total * jnp.exp(found.peak - peak[..., None]), axis=-1))
 
 
 def _group_part(x, floor, temperature):
