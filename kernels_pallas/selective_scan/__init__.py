@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.dispatch import Body, dispatch
-from kernels_pallas.selective_scan import reference, ssd, tpu, xla
+from kernels_pallas.selective_scan import gpu, reference, ssd, tpu, xla
 
 __all__ = ["selective_scan", "state_space_dual"]
 
@@ -71,6 +71,7 @@ def _bodies(name, x, delta, b, c):
     on_tpu, interpreted = tpu.unsupported(x, delta, b, c), partial(getattr(tpu, name), interpret=True)
     return {
         "xla": Body(getattr(xla, name)),
+        "pallas_gpu": Body(getattr(gpu, name), gpu.unsupported(x, delta, b, c)),
         "pallas_tpu": Body(getattr(tpu, name), on_tpu),
         "interpret": Body(interpreted, on_tpu),
     }
