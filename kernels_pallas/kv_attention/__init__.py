@@ -31,6 +31,7 @@ from kernels_pallas.kv_attention.pages import (
 from kernels_pallas.kv_attention.tiers import (
     PagedTiers,
     Store,
+    Tail,
     Usage,
     append,
     dense,
@@ -48,6 +49,7 @@ __all__ = [
     "Pages",
     "Reservation",
     "Store",
+    "Tail",
     "Usage",
     "append",
     "can_migrate",
@@ -92,7 +94,7 @@ def kv_attention(
     batch do not fit the cache, `kernels_pallas.dispatch.ImplError` for an `impl` that is not there.
     """
     batch, length, heads, dim = q.shape
-    _, kv_heads, page, cached_dim = tiers.tail_k.shape
+    _, kv_heads, page, cached_dim = tiers.tail_k.bits.shape
     if heads % kv_heads:
         raise ValueError(f"kv_attention: {heads} query heads are not a multiple of {kv_heads} key heads")
     if dim != cached_dim:

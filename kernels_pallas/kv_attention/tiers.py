@@ -3,6 +3,9 @@
 The store is affine: x ~ scale * code + offset with codes of 8 or 4 bits, one scale and offset for each channel of a page
 or for each token (Liu et al. 2024, KIVI, arXiv:2402.02750: keys by channel, because their outliers sit in channels,
 values by token). Where `rotated`, keys are stored in the basis of `hadamard`; the tail never is.
+
+Floating-point pages are kept as their bits: XLA:CPU widens the whole of a bfloat16 array to write or read one row of it.
+On two cores, adding a token to 8 sequences takes 1060 us a layer in bfloat16 and 90 us in its bits.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Int, Int8, Int16
 
 from kernels_pallas.kv_attention import hadamard
 from kernels_pallas.kv_attention.pages import (
@@ -34,22 +37,30 @@ class Store:
 
     codes: at 8 bits [pages, kv_heads, page, dim]; at 4 bits [pages, kv_heads, page // 2, dim], where the low half of a
     byte is a token of the first half of the page and the high half the token page // 2 further.
-    scale, offset: bfloat16 [pages, kv_heads, dim] for scales "channel", [pages, kv_heads, page] for "token".
+    scale, offset: the bits of bfloat16 [pages, kv_heads, dim] for scales "channel", [pages, kv_heads, page] for "token".
     """
 
     codes: Int8[Array, "pages kv_heads rows dim"]
-    scale: Float[Array, "pages kv_heads scales"]
-    offset: Float[Array, "pages kv_heads scales"]
+    scale: Int16[Array, "pages kv_heads scales"]
+    offset: Int16[Array, "pages kv_heads scales"]
     bits: int = struct.field(pytree_node=False)
     scales: str = struct.field(pytree_node=False)
 
 
 @struct.dataclass
-class PagedTiers:
-    """Both tiers of one layer. Tail pages are [pages, kv_heads, page, dim] in the dtype of the cache."""
+class Tail:
+    """Pages of keys or of values as they came: the bits of numbers in `dtype`."""
 
-    tail_k: Float[Array, "tail_pages kv_heads page dim"]
-    tail_v: Float[Array, "tail_pages kv_heads page dim"]
+    bits: Int[Array, "pages kv_heads page dim"]
+    dtype: str = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class PagedTiers:
+    """Both tiers of one layer."""
+
+    tail_k: Tail
+    tail_v: Tail
     store_k: Store
     store_v: Store
     rotated: bool = struct.field(pytree_node=False)
@@ -100,12 +111,15 @@ def empty_tiers(
         rows = page if bits == 8 else page // 2
         each = (pool, kv_heads, dim if scales == "channel" else page)
         codes = jnp.zeros((pool, kv_heads, rows, dim), jnp.int8)
-        return Store(codes, jnp.zeros(each, jnp.bfloat16), jnp.zeros(each, jnp.bfloat16), bits, scales)
+        return Store(codes, jnp.zeros(each, jnp.int16), jnp.zeros(each, jnp.int16), bits, scales)
 
-    tail = (pages.tail_users.shape[0], kv_heads, page, dim)
+    def tail() -> Tail:
+        zeros = jnp.zeros((pages.tail_users.shape[0], kv_heads, page, dim), dtype)
+        return Tail(to_bits(zeros), zeros.dtype.name)
+
     return PagedTiers(
-        jnp.zeros(tail, dtype),
-        jnp.zeros(tail, dtype),
+        tail(),
+        tail(),
         store(key_bits, key_scales),
         store(value_bits, value_scales),
         rotated,
@@ -129,18 +143,19 @@ def write(
     source, target = reservation.source, reservation.target
 
     def copy(tails):
-        return tuple(tail.at[target].set(tail[source], mode="drop") for tail in tails)
+        return tuple(bits.at[target].set(bits[source], mode="drop") for bits in tails)
 
-    tails = lax.cond(jnp.any(target < pool), copy, tuple, (tiers.tail_k, tiers.tail_v))
+    tails = lax.cond(jnp.any(target < pool), copy, tuple, (tiers.tail_k.bits, tiers.tail_v.bits))
     tail_k, tail_v = (
-        tail.at[ids, :, position % page].set(new.astype(tail.dtype), mode="drop") for tail, new in zip(tails, (k, v))
+        bits.at[ids, :, position % page].set(to_bits(new.astype(tiers.tail_k.dtype)), mode="drop")
+        for bits, new in zip(tails, (k, v))
     )
-    return tiers.replace(tail_k=tail_k, tail_v=tail_v)
+    return tiers.replace(tail_k=tiers.tail_k.replace(bits=tail_k), tail_v=tiers.tail_v.replace(bits=tail_v))
 
 
 def quantize_pages(tiers: PagedTiers, migration: Migration) -> PagedTiers:
     """Quantize the tail pages of `migration` into the store."""
-    k, v = tiers.tail_k[migration.source], tiers.tail_v[migration.source]
+    k, v = (fetch(tail, migration.source) for tail in (tiers.tail_k, tiers.tail_v))
     k = hadamard.rotate(k) if tiers.rotated else k
     return tiers.replace(
         store_k=_put(tiers.store_k, migration.target, k), store_v=_put(tiers.store_v, migration.target, v)
@@ -178,17 +193,17 @@ def migrate(
 
 def usage(pages: Pages, tiers: PagedTiers) -> Usage:
     """What one layer of the cache holds; the tables are counted once here, and serve all layers."""
-    tail = (tiers.tail_k, tiers.tail_v)
+    tail = jax.tree.leaves((tiers.tail_k, tiers.tail_v))
     store = jax.tree.leaves((tiers.store_k, tiers.store_v))
     page_bytes = [sum(x[:1].nbytes for x in pool if x.shape[0]) for pool in (tail, store)]
-    _, kv_heads, _, dim = tiers.tail_k.shape
+    _, kv_heads, _, dim = tiers.tail_k.bits.shape
     tail_tokens, store_tokens = jnp.sum(pages.lengths - pages.stored), jnp.sum(pages.stored - pages.evicted)
     return Usage(
         tail_tokens=tail_tokens,
         store_tokens=store_tokens,
         tail_bytes=jnp.sum(pages.tail_users > 0) * page_bytes[0],
         store_bytes=jnp.sum(pages.store_users > 0) * page_bytes[1],
-        dense_bytes=(tail_tokens + store_tokens) * (2 * kv_heads * dim * tiers.tail_k.dtype.itemsize),
+        dense_bytes=(tail_tokens + store_tokens) * (2 * kv_heads * dim * tiers.tail_k.bits.dtype.itemsize),
         table_bytes=sum(x.nbytes for x in jax.tree.leaves(pages)),
         reserved_bytes=sum(x.nbytes for x in (*tail, *store)),
     )
@@ -229,15 +244,26 @@ def tier_views(tiers: PagedTiers, pages: Pages) -> tuple[tuple[Any, ...], tuple[
     return store, (pages.tail_table, pages.stored // pages.page, pages.lengths, (tiers.tail_k, tiers.tail_v))
 
 
-def fetch(source: Store | jax.Array, ids: Int[Array, "*batch"]) -> Float[Array, "*batch kv_heads page dim"]:
+def fetch(source: Store | Tail, ids: Int[Array, "*batch"]) -> Float[Array, "*batch kv_heads page dim"]:
     """The pages `ids` of a tail or a store, in at least float32."""
-    ids = jnp.clip(ids, 0, (source.codes if isinstance(source, Store) else source).shape[0] - 1)
+    pages = source.codes if isinstance(source, Store) else source.bits
+    ids = jnp.clip(ids, 0, pages.shape[0] - 1)
     if not isinstance(source, Store):
-        tail = source[ids]
-        return tail.astype(jnp.promote_types(tail.dtype, jnp.float32))
+        return from_bits(pages[ids], source.dtype)
     axis = -2 if source.scales == "channel" else -1
-    scale, offset = (jnp.expand_dims(x[ids].astype(jnp.float32), axis) for x in (source.scale, source.offset))
-    return unpack(source.codes[ids], source.bits).astype(jnp.float32) * scale + offset
+    scale, offset = (jnp.expand_dims(from_bits(x[ids], "bfloat16"), axis) for x in (source.scale, source.offset))
+    return unpack(pages[ids], source.bits).astype(jnp.float32) * scale + offset
+
+
+def to_bits(x: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """A floating-point array as signed integers of its width."""
+    return lax.bitcast_convert_type(x, f"int{8 * x.dtype.itemsize}")
+
+
+def from_bits(bits: Int[Array, "*shape"], dtype: str) -> Float[Array, "*shape"]:
+    """The numbers of `dtype` whose bits these are, widened to at least float32."""
+    x = lax.bitcast_convert_type(bits, dtype)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def quantize(
@@ -286,8 +312,8 @@ def _put(store: Store, target: jax.Array, x: jax.Array) -> Store:
     codes, scale, offset = quantize(x, store.bits, store.scales)
     return store.replace(
         codes=store.codes.at[target].set(codes, mode="drop"),
-        scale=store.scale.at[target].set(scale, mode="drop"),
-        offset=store.offset.at[target].set(offset, mode="drop"),
+        scale=store.scale.at[target].set(to_bits(scale), mode="drop"),
+        offset=store.offset.at[target].set(to_bits(offset), mode="drop"),
     )
 
 

@@ -13,7 +13,7 @@ from jax import lax
 from kernels_pallas import compat
 from kernels_pallas.kv_attention import hadamard
 from kernels_pallas.kv_attention.pages import Pages
-from kernels_pallas.kv_attention.tiers import PagedTiers, Store, tier_views, unpack
+from kernels_pallas.kv_attention.tiers import PagedTiers, Store, from_bits, tier_views
 from kernels_pallas.kv_attention.xla import LOG_ZERO, Part, fold, merge, unfold
 
 ROWS = 8  # float32 sublanes: the queries of a key head are padded to a multiple of these
@@ -23,7 +23,7 @@ MEMORY = 12 * 2**20  # of the 16 MiB of VMEM that the smallest supported chip ha
 def unsupported(q: jax.Array, tiers: PagedTiers, pages: Pages) -> str:
     """Why the compiled kernel cannot run on these shapes, "" where it can."""
     batch, length, heads, dim = q.shape
-    _, kv_heads, page, _ = tiers.tail_k.shape
+    _, kv_heads, page, _ = tiers.tail_k.bits.shape
     if dim % 128:
         return f"a head dimension of {dim} is no multiple of 128 lanes"
     least = 64 if 4 in (tiers.store_k.bits, tiers.store_v.bits) else 32
@@ -31,7 +31,7 @@ def unsupported(q: jax.Array, tiers: PagedTiers, pages: Pages) -> str:
         return f"pages of {page} tokens are no multiple of {least}, the tile of their codes"
     rows = -(-length * (heads // kv_heads) // ROWS) * ROWS
     # Two buffers of each page; queries, result and accumulator; scores and weights of one head.
-    page_bytes = 4 * kv_heads * page * dim * tiers.tail_k.dtype.itemsize
+    page_bytes = 4 * kv_heads * page * dim * tiers.tail_k.bits.dtype.itemsize
     need = page_bytes + kv_heads * rows * dim * 4 * 5 + rows * page * 4 * 4
     if need > MEMORY:
         return f"it would need {need >> 20} MiB of VMEM"
@@ -44,7 +44,7 @@ def kv_attention(
     """See `kernels_pallas.kv_attention.kv_attention`; positions are int32 [batch, length]."""
     if q.size == 0:
         return q
-    rows, seen = fold(q, positions, tiers.tail_k.shape[1], scale)
+    rows, seen = fold(q, positions, tiers.tail_k.bits.shape[1], scale)
     count = rows.shape[2]
     padding = -count % ROWS
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, padding), (0, 0)))
@@ -67,12 +67,12 @@ def _tier(q, seen, table, first, end, k, v, page, operand, interpret) -> Part:
     batch, slots = table.shape
     _, kv_heads, rows, dim = q.shape
     columns = (first[:, None] + jnp.arange(slots)[None, :]) % slots
-    pool = (k.codes if isinstance(k, Store) else k).shape[0]
+    pool = (k.codes if isinstance(k, Store) else k.bits).shape[0]
     ids = jnp.clip(jnp.take_along_axis(table, columns, axis=1), 0, pool - 1)
 
     def at_page(b, i, ids, first, end):
         # Past the last page the address stays, so that nothing more is read.
-        last = jnp.maximum(-(-(end[b] - first[b] * page) // page) - 1, 0)
+        last = jnp.maximum(lax.div(end[b] - 1, page) - first[b], 0)
         return ids[b, jnp.minimum(i, last)]
 
     def paged(x):
@@ -88,7 +88,7 @@ def _tier(q, seen, table, first, end, k, v, page, operand, interpret) -> Part:
         jax.ShapeDtypeStruct((batch, kv_heads, rows, 1), jnp.float32),
         jax.ShapeDtypeStruct((batch, kv_heads, rows, 1), jnp.float32),
     ]
-    kinds = [None if not isinstance(x, Store) else (x.bits, x.scales) for x in (k, v)]
+    kinds = [(x.bits, x.scales) if isinstance(x, Store) else (x.dtype, None) for x in (k, v)]
     result = pl.pallas_call(
         partial(_kernel, pl=pl, page=page, operand=operand, kinds=kinds),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -124,9 +124,9 @@ def _kernel(ids, first, end, q_ref, seen_ref, *refs, pl, page, operand, kinds):
         valid = position < end[sequence]
         allowed = valid & (position <= seen_ref[...])
         tokens = start + lax.broadcasted_iota(jnp.int32, (page, 1), 0) < end[sequence]
-        split = 1 if kinds[0] is None else 3
+        split = 1 if kinds[0][1] is None else 3
         keys, values = refs[:split], refs[split:-3]
-        key_scales, value_scales = ([ref[...].astype(jnp.float32) for ref in part[1:]] for part in (keys, values))
+        key_scales, value_scales = ([from_bits(ref[...], "bfloat16") for ref in part[1:]] for part in (keys, values))
         for head in range(q_ref.shape[0]):
             one = slice(head, head + 1)
             scores = _scores(q_ref[head], keys[0][head], [x[one] for x in key_scales], kinds[0], operand)
@@ -145,10 +145,10 @@ def _kernel(ids, first, end, q_ref, seen_ref, *refs, pl, page, operand, kinds):
 
 def _scores(q, keys, affine, kind, operand):
     """[rows, page] scores of one head's queries [rows, dim]."""
-    if kind is None:
-        return _dot(q, keys, 1, operand)
-    (bits, scales), (scale, offset) = kind, affine
-    codes = _codes(keys, bits)
+    form, scales = kind
+    if scales is None:
+        return _dot(q, from_bits(keys, form), 1, operand)
+    codes, (scale, offset) = _codes(keys, form), affine
     if scales == "channel":
         return _dot(q * scale, codes, 1, operand) + jnp.sum(q * offset, axis=-1, keepdims=True)
     return _dot(q, codes, 1, operand) * scale + jnp.sum(q, axis=-1, keepdims=True) * offset
@@ -156,10 +156,10 @@ def _scores(q, keys, affine, kind, operand):
 
 def _values(weights, values, affine, kind, operand, valid, tokens):
     """[rows, dim] sums of one head's values under `weights` [rows, page]; what no token owns may hold anything."""
-    if kind is None:
-        return _dot(weights, jnp.where(tokens, values, jnp.zeros_like(values)), 0, operand)
-    (bits, scales), (scale, offset) = kind, affine
-    codes = _codes(values, bits)
+    form, scales = kind
+    if scales is None:
+        return _dot(weights, jnp.where(tokens, from_bits(values, form), 0.0), 0, operand)
+    codes, (scale, offset) = _codes(values, form), affine
     if scales == "channel":
         return _dot(weights, codes, 0, operand) * scale + jnp.sum(weights, axis=-1, keepdims=True) * offset
     scale, offset = jnp.where(valid, scale, 0.0), jnp.where(valid, offset, 0.0)

@@ -25,15 +25,16 @@ class Part(NamedTuple):
     peak: jax.Array
 
 
-def pages_per_step(kv_heads: int, page: int, dim: int, batch: int) -> int:
-    """How many pages of each sequence are dequantized at once: 256 tokens, or fewer where that is over a mebibyte of
-    keys in float32, which no longer stays in the cache of a core."""
-    return max(1, min(256 // page, 2**18 // max(batch * kv_heads * page * dim, 1)))
+def pages_per_step(batch: int, kv_heads: int, rows: int, page: int, dim: int) -> int:
+    """How many pages of each sequence are dequantized at once: 256 tokens, 512 for the rows of a chunk of prompt (a
+    quarter faster on two cores), fewer where that is over two mebibytes of keys in float32."""
+    tokens = 512 if rows >= 128 else 256
+    return max(1, min(tokens // page, 2**19 // max(batch * kv_heads * page * dim, 1)))
 
 
 def kv_attention(q: jax.Array, tiers: PagedTiers, pages: Pages, positions: jax.Array, scale: float) -> jax.Array:
     """See `kernels_pallas.kv_attention.kv_attention`; positions are int32 [batch, length]."""
-    rows, seen = fold(q, positions, tiers.tail_k.shape[1], scale)
+    rows, seen = fold(q, positions, tiers.tail_k.bits.shape[1], scale)
     parts = []
     for table, first, end, (k, v) in tier_views(tiers, pages):
         if table.shape[1] == 0 or rows.size == 0:
@@ -74,8 +75,8 @@ def merge(parts: list[Part]) -> jax.Array:
 
 def _tier(q, seen, table, first, end, k, v, page) -> Part:
     batch, slots = table.shape
-    kv_heads, dim = q.shape[1], q.shape[3]
-    many = min(pages_per_step(kv_heads, page, dim, batch), slots)
+    _, kv_heads, rows, dim = q.shape
+    many = min(pages_per_step(batch, kv_heads, rows, page, dim), slots)
 
     def gather(source, ids):
         return jnp.swapaxes(fetch(source, ids), 1, 2).reshape(batch, kv_heads, many * page, dim).astype(q.dtype)
