@@ -140,11 +140,11 @@ def save_pretrained(
 ) -> Path:
     """Write `model` and `params` to `folder` as `family` is published, so that transformers loads them.
 
-    family: one of `transformer_layout.FAMILIES`; by default the causal one that the hyper-parameters are (Llama, Mistral,
-    Qwen2 or Qwen3), Dream where the logits are shifted, and a Mamba's own. LLaDA has to be named. transformers reads
-    LLaDA and Dream only with the modeling code of their authors, which is not written here. The files that lie beside
-    `tokenizer_file` and belong to it are copied too. Otherwise as `save_model`; raises InputError for a model that
-    `family` cannot be, and where `folder` holds a model that was not written by this function.
+    family: one of `transformer_layout.FAMILIES`; by default the causal one that the hyper-parameters are (Llama,
+    Mistral, Qwen2 or Qwen3), Dream where the logits are shifted, and a Mamba's own. LLaDA has to be named. transformers
+    reads LLaDA and Dream only with the modeling code of their authors, which is not written here. The files that lie
+    beside `tokenizer_file` and belong to it are copied too. Otherwise as `save_model`; raises InputError for a model
+    that `family` cannot be, and where `folder` holds a model that ruvjax did not write.
     """
     folder = Path(os.path.abspath(folder))
     if isinstance(model, Transformer):

@@ -45,7 +45,7 @@ def number(config: Mapping[str, Any], key: str, source: str, default: Any = None
     """A number of config.json; a missing one or null is `default`. Raises InputError for anything else."""
     value = config.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
         raise InputError(f"{source}: {key}={value!r} must be a number")
     return value
 

@@ -127,7 +127,6 @@ def published_config(model: Transformer, family: str, source: str) -> dict[str, 
     }
     if family == "llada":
         return shared | _llada_config(model)
-    # Both transformers 4 and 5 read this spelling of the rotary settings.
     config = shared | {
         "hidden_size": model.width,
         "intermediate_size": model.mlp_width,
@@ -138,9 +137,11 @@ def published_config(model: Transformer, family: str, source: str) -> dict[str, 
         "max_position_embeddings": model.max_length,
         "hidden_act": "silu",
         "tie_word_embeddings": model.tied_head,
-        "rope_scaling": _scaling_config(model.rope_scaling),
+        "rope_parameters": {"rope_theta": model.rope_theta, **_scaling_config(model.rope_scaling)},
         "attention_dropout": 0.0,
     }
+    if model.rope_scaling.kind != "none":  # the spelling of transformers 4, which would pass over the other one
+        config["rope_scaling"] = _scaling_config(model.rope_scaling)
     if family == "llama":
         return config | {"attention_bias": False, "mlp_bias": False}
     config["sliding_window"] = model.window or None
@@ -246,9 +247,9 @@ def _rope(config: Mapping[str, Any], source: str) -> tuple[float, RopeScaling]:
     return theta, RopeScaling("yarn", factor, original, beta_fast=fast, beta_slow=slow)
 
 
-def _scaling_config(scaling: RopeScaling) -> dict[str, Any] | None:
+def _scaling_config(scaling: RopeScaling) -> dict[str, Any]:
     if scaling.kind == "none":
-        return None
+        return {"rope_type": "default"}
     config: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind != "linear":
         config["original_max_position_embeddings"] = scaling.original_length
