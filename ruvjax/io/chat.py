@@ -16,6 +16,7 @@ from typing import Any
 from ruvjax.errors import InputError
 from ruvjax.io.weights import read_json
 
+_FAILURES = (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RecursionError, MemoryError)
 SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -72,9 +73,9 @@ class ChatTemplate:
 def read_chat_template(folder: str | os.PathLike[str], name: str = "default") -> ChatTemplate | None:
     """The chat template of a model folder, or None where it has none (a base model).
 
-    It stands in chat_template.jinja, chat_template.json or tokenizer_config.json, the first of them that is there. name:
-    which one, where tokenizer_config.json holds several ("default", "tool_use", "rag"). Raises InputError for files
-    that cannot be read and for a name that is not there.
+    It stands in chat_template.jinja, chat_template.json or tokenizer_config.json, the first of them that is there.
+    name: which one, where tokenizer_config.json holds several ("default", "tool_use", "rag"). Raises InputError for
+    files that cannot be read and for a name that is not there.
     """
     folder = Path(folder)
     settings_file = folder / "tokenizer_config.json"
