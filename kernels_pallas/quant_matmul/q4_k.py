@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 # How many code steps the range of a sub-block is cut into before the line is fitted. Below 15 the extremes are
 # left out (heavy tails), above it the codes are not used up.
-_RANGES = np.linspace(12.0, 17.0, 16, dtype=np.float32)
-_ALTERNATIONS = 3
-_ROUNDS = 4
-_CHUNK = 1024  # blocks searched at once: 1 MiB of float32, which stays in a cache
+_RANGES = np.linspace(13.0, 16.5, 8, dtype=np.float32)
+_ALTERNATIONS = 2
+_ROUNDS = 2
+# Twice the grid and the rounds lower the error by another 0.5% at half the speed.
+_CHUNK = 256  # blocks searched at once: 256 KiB of float32, which stay in a cache
 
 
 class Found(NamedTuple):
