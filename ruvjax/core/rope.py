@@ -41,6 +41,11 @@ class RopeScaling:
             raise ConfigError(f"rope_scaling.factor={self.factor} must be at least 1")
         if self.kind in ("dynamic", "llama3", "yarn") and self.original_length <= 0:
             raise ConfigError(f"rope_scaling.original_length must be positive for kind={self.kind!r}")
+        for name in ("low_freq", "high_freq", "beta_fast", "beta_slow"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"rope_scaling.{name}={getattr(self, name)} must be positive")
+        if self.low_freq >= self.high_freq:
+            raise ConfigError(f"rope_scaling.low_freq={self.low_freq} must be below high_freq={self.high_freq}")
 
 
 def frequencies(dim: int, theta: float, scaling: RopeScaling) -> tuple[Float[Array, "half"], float]:

@@ -73,7 +73,8 @@ def load_model(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such model folder", "give the folder that holds config.json")
+        hint = "ruvjax.io.gguf_model.load_gguf reads .gguf files" if folder.is_file() else "give one with a config.json"
+        raise InputError(f"{folder}: no such model folder", hint)
     config = read_config(folder)
     source = str(folder / CONFIG)
     model = read_network(config, source)
