@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> Path:
@@ -15,13 +15,18 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> Path:
     The folder is made where it is missing. When writing fails (a full disk, say) the temporary file is removed, what
     was at `path` before is still there, and the OSError is raised as it came.
     """
+    payload = data.encode("utf-8") if isinstance(data, str) else data
+    return stream_atomic(path, lambda file: file.write(payload))
+
+
+def stream_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> Path:
+    """`write_atomic` of whatever `write(file)` puts into an open file, for what is too large to be held at once."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    payload = data.encode("utf-8") if isinstance(data, str) else data
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(payload)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, _mode(path))

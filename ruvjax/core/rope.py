@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from ruvjax.errors import ConfigError
 
-KINDS = ("none", "linear", "dynamic", "llama3", "yarn")
+KINDS = ("none", "linear", "dynamic", "llama3", "yarn", "factors")
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class RopeScaling:
     dynamic: theta grows with the length in use (NTK-aware); applied from `original_length * factor` once, statically.
     llama3: wavelengths above `original_length / low_freq` are divided by `factor`, smooth up to `/ high_freq`.
     yarn: interpolation by wavelength ramp and a temperature on the attention logits (arXiv:2309.00071).
+    factors: the frequency of pair i is divided by `factors[i]`; what a GGUF file stores of llama3's.
     """
 
     kind: str = "none"
@@ -28,14 +29,23 @@ class RopeScaling:
     high_freq: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    factors: tuple[float, ...] = ()
 
     def __post_init__(self):
+        object.__setattr__(self, "factors", tuple(self.factors))  # a list where it was read from a file
         if self.kind not in KINDS:
             raise ConfigError(f"rope_scaling.kind={self.kind!r} is not known", f"one of {', '.join(KINDS)}")
-        if self.kind != "none" and self.factor < 1.0:
+        if any(not factor > 0 for factor in self.factors) or bool(self.factors) != (self.kind == "factors"):
+            raise ConfigError(f"rope_scaling.factors={self.factors} must be positive, and only for kind='factors'")
+        if self.kind != "none" and not 1.0 <= self.factor < math.inf:
             raise ConfigError(f"rope_scaling.factor={self.factor} must be at least 1")
         if self.kind in ("dynamic", "llama3", "yarn") and self.original_length <= 0:
             raise ConfigError(f"rope_scaling.original_length must be positive for kind={self.kind!r}")
+        for name in ("low_freq", "high_freq", "beta_fast", "beta_slow"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"rope_scaling.{name}={getattr(self, name)} must be positive")
+        if self.low_freq >= self.high_freq:
+            raise ConfigError(f"rope_scaling.low_freq={self.low_freq} must be below high_freq={self.high_freq}")
 
 
 def frequencies(dim: int, theta: float, scaling: RopeScaling) -> tuple[Float[Array, "half"], float]:
@@ -45,6 +55,12 @@ def frequencies(dim: int, theta: float, scaling: RopeScaling) -> tuple[Float[Arr
     if scaling.kind == "dynamic":
         base = theta * scaling.factor ** (dim / (dim - 2))
     inverse = 1.0 / base**exponent
+    if scaling.kind == "factors":
+        if len(scaling.factors) != dim // 2:
+            raise ConfigError(
+                f"rope_scaling.factors has {len(scaling.factors)} entries, the heads have {dim // 2} pairs"
+            )
+        return inverse / jnp.asarray(scaling.factors, jnp.float32), 1.0
     if scaling.kind == "linear":
         return inverse / scaling.factor, 1.0
     if scaling.kind == "llama3":

@@ -1,7 +1,6 @@
-"""What published checkpoints call things: tensor names and config.json of Llama, Qwen2, Qwen3, and of our own exports.
+"""What checkpoints call things: config.json of our own exports, and which published family another one belongs to.
 
-Mamba's are in `ruvjax.io.mamba_layout`. Published matrices are [outer, inner], one tensor a layer; ours are
-[inner, outer] and stacked over layers. The tables here are the only place that knows.
+The families' tensor names and settings are in `ruvjax.io.transformer_layout` and `ruvjax.io.mamba_layout`.
 """
 
 import dataclasses
@@ -9,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ruvjax.core.rope import RopeScaling
-from ruvjax.errors import ConfigError, InputError, NotYetError
-from ruvjax.io import mamba_layout
+from ruvjax.errors import ConfigError, InputError
+from ruvjax.io import mamba_layout, transformer_layout
 from ruvjax.io.mamba_layout import MAMBA2_PLACES, MAMBA_PLACES
-from ruvjax.io.place import Place, dtype_of, number
+from ruvjax.io.place import Place
+from ruvjax.io.transformer_layout import LLADA_PLACES, PLACES
 from ruvjax.models.mamba import Mamba
 from ruvjax.models.mamba2 import Mamba2
 from ruvjax.models.transformer import Transformer
@@ -22,40 +22,12 @@ Network = Transformer | Mamba | Mamba2
 FORMAT_VERSION = 1
 ARCHITECTURE = "RuvjaxMaskedDiffusion"
 MODEL_TYPE = "ruvjax_masked_diffusion"
-FAMILIES = ("llama", "qwen2", "qwen3")
 
 
-_LAYER = "model.layers.{}."
-PLACES = {
-    ".embedding": Place("model.embed_tokens.weight"),
-    ".head": Place("lm_head.weight"),
-    ".final_norm": Place("model.norm.weight"),
-    ".layers.attention_norm": Place(_LAYER + "input_layernorm.weight"),
-    ".layers.mlp_norm": Place(_LAYER + "post_attention_layernorm.weight"),
-    ".layers.q": Place(_LAYER + "self_attn.q_proj.weight", True),
-    ".layers.k": Place(_LAYER + "self_attn.k_proj.weight", True),
-    ".layers.v": Place(_LAYER + "self_attn.v_proj.weight", True),
-    ".layers.o": Place(_LAYER + "self_attn.o_proj.weight", True),
-    ".layers.q_bias": Place(_LAYER + "self_attn.q_proj.bias"),
-    ".layers.k_bias": Place(_LAYER + "self_attn.k_proj.bias"),
-    ".layers.v_bias": Place(_LAYER + "self_attn.v_proj.bias"),
-    ".layers.q_norm": Place(_LAYER + "self_attn.q_norm.weight"),
-    ".layers.k_norm": Place(_LAYER + "self_attn.k_norm.weight"),
-    ".layers.gate": Place(_LAYER + "mlp.gate_proj.weight", True),
-    ".layers.up": Place(_LAYER + "mlp.up_proj.weight", True),
-    ".layers.down": Place(_LAYER + "mlp.down_proj.weight", True),
-    # Beyond the published layouts: time conditioning.
-    ".layers.modulation": Place(_LAYER + "modulation.weight", True),
-    ".layers.modulation_bias": Place(_LAYER + "modulation.bias"),
-    ".time.first": Place("model.time.first.weight", True),
-    ".time.second": Place("model.time.second.weight", True),
-    ".time.final": Place("model.time.final.weight", True),
-    ".time.final_bias": Place("model.time.final.bias"),
-}
-
-
-def places(model: Network) -> Mapping[str, Place]:
+def places(model: Network, model_type: str) -> Mapping[str, Place]:
     """Where every weight that such a model may have lies, by its path in the parameter tree."""
+    if model_type == "llada":
+        return LLADA_PLACES
     return {Transformer: PLACES, Mamba: MAMBA_PLACES, Mamba2: MAMBA2_PLACES}[type(model)]
 
 
@@ -104,6 +76,17 @@ def read_network(config: Mapping[str, Any], source: str) -> Network:
     return read_transformer(config, source)
 
 
+def is_causal(model: Network, config: Mapping[str, Any]) -> bool:
+    """Whether the model was trained to predict from left to right. Exports of ours say so in their diffusion settings;
+    without any, a Mamba that scans from left to right can do nothing else."""
+    if config.get("model_type") in transformer_layout.FAMILIES:
+        return config["model_type"] in transformer_layout.CAUSAL
+    settings = config.get("diffusion")
+    if isinstance(settings, dict) and settings:
+        return settings.get("autoregressive") is True
+    return not isinstance(model, Transformer) and model.direction == "forward"
+
+
 def read_transformer(config: Mapping[str, Any], source: str) -> Transformer:
     """`read_network` where only a transformer will do."""
     try:
@@ -134,82 +117,15 @@ def _construct(cls, values: Any, where: str):
     if isinstance(values.get("rope_scaling"), dict):
         scaling = _construct(RopeScaling, values["rope_scaling"], f"{where}.rope_scaling")
         values = {**values, "rope_scaling": scaling}
-    return cls(**values)
+    try:
+        return cls(**values)
+    except TypeError as error:  # a string where a number is compared
+        raise InputError(f"{where}: {error}") from error
 
 
 def _published_transformer(config: Mapping[str, Any], source: str) -> Transformer:
     family = config.get("model_type")
-    if family not in FAMILIES:
-        known = ", ".join((*FAMILIES, *mamba_layout.FAMILIES, MODEL_TYPE))
+    if family not in transformer_layout.FAMILIES:
+        known = ", ".join((*transformer_layout.FAMILIES, *mamba_layout.FAMILIES, MODEL_TYPE))
         raise InputError(f"{source}: model_type={family!r} is not known", f"one of {known}")
-    if config.get("quantization_config") is not None:
-        raise NotYetError(f"{source}: quantized checkpoints cannot be read yet", "use the unquantized weights")
-    _refuse_what_differs(config, family, source)
-    heads = number(config, "num_attention_heads", source)
-    theta, scaling = _rope(config, source)
-    return Transformer(
-        vocab_size=number(config, "vocab_size", source),
-        layers=number(config, "num_hidden_layers", source),
-        width=number(config, "hidden_size", source),
-        heads=heads,
-        kv_heads=number(config, "num_key_value_heads", source, heads),
-        head_dim=number(config, "head_dim", source, 128 if family == "qwen3" else 0),
-        mlp_width=number(config, "intermediate_size", source),
-        max_length=number(config, "max_position_embeddings", source, 2048 if family == "llama" else 32768),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=number(config, "rms_norm_eps", source, 1e-6),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        tied_head=bool(config.get("tie_word_embeddings", False)),
-        dtype=dtype_of(config, source),
-        unroll=config["num_hidden_layers"] <= 8,
-    )
-
-
-def _refuse_what_differs(config: Mapping[str, Any], family: str, source: str) -> None:
-    layer_types = config.get("layer_types") or []
-    window = config.get("use_sliding_window") or any(kind != "full_attention" for kind in layer_types)
-    biased = family != "qwen2" and (config.get("attention_bias") or config.get("mlp_bias"))
-    partial = (config.get("rope_parameters") or {}).get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    reasons = {
-        "a hidden_act other than silu": config.get("hidden_act", "silu") not in ("silu", "swish"),
-        "sliding-window attention": bool(window),
-        "biases outside q, k and v (attention_bias, mlp_bias)": bool(biased),
-        "partial rotary embeddings": partial not in (None, 1, 1.0),
-    }
-    for reason, found in reasons.items():
-        if found:
-            raise InputError(f"{source}: {reason} cannot be expressed by this transformer")
-
-
-def _rope(config: Mapping[str, Any], source: str) -> tuple[float, RopeScaling]:
-    """Base and scaling, from either spelling: `rope_theta` and `rope_scaling`, or both inside `rope_parameters`."""
-    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(settings, dict):
-        raise InputError(f"{source}: rope settings must be an object, got {settings!r}")
-    theta = float(number({**config, **settings}, "rope_theta", source, 10000.0))
-    kind = settings.get("rope_type", settings.get("type", "default"))
-    length = number(config, "max_position_embeddings", source, 0)
-    if kind in ("default", "dynamic"):
-        # "dynamic" leaves the frequencies alone up to max_position_embeddings, which is where our context ends.
-        return theta, RopeScaling()
-    if kind not in ("linear", "llama3", "yarn"):
-        raise InputError(
-            f"{source}: rope scaling {kind!r} is not known", "one of default, dynamic, linear, llama3, yarn"
-        )
-    factor = float(number(settings, "factor", source))
-    if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=factor)
-    original = int(number(settings, "original_max_position_embeddings", source, length))
-    if kind == "llama3":
-        low = float(number(settings, "low_freq_factor", source))
-        high = float(number(settings, "high_freq_factor", source))
-        return theta, RopeScaling("llama3", factor, original, low_freq=low, high_freq=high)
-    for key in ("attention_factor", "mscale", "mscale_all_dim"):
-        if settings.get(key) is not None:
-            raise InputError(f"{source}: yarn with its own {key} cannot be expressed by this transformer")
-    if settings.get("truncate") is False:
-        raise InputError(f"{source}: yarn without truncation cannot be expressed by this transformer")
-    fast, slow = float(settings.get("beta_fast") or 32), float(settings.get("beta_slow") or 1)
-    return theta, RopeScaling("yarn", factor, original, beta_fast=fast, beta_slow=slow)
+    return transformer_layout.read_published(config, source)

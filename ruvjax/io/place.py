@@ -30,6 +30,12 @@ class Place:
         """What is on disk, in our orientation."""
         return array[:, 0] if self.taps else array.T if self.matrix else array
 
+    def part(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """The part of what is on disk that `read` turns into `index` of our weight."""
+        if self.taps:
+            return index[0], slice(None), index[1]
+        return index[::-1] if self.matrix else index
+
     def write(self, array: Any) -> Any:
         """Our weight as it goes to disk."""
         return array[:, None] if self.taps else array.T if self.matrix else array
@@ -39,14 +45,22 @@ def number(config: Mapping[str, Any], key: str, source: str, default: Any = None
     """A number of config.json; a missing one or null is `default`. Raises InputError for anything else."""
     value = config.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
         raise InputError(f"{source}: {key}={value!r} must be a number")
+    return value
+
+
+def integer(config: Mapping[str, Any], key: str, source: str, default: int | None = None) -> int:
+    """`number`, where only a whole one will do."""
+    value = number(config, key, source, default)
+    if not isinstance(value, int):
+        raise InputError(f"{source}: {key}={value!r} must be an integer")
     return value
 
 
 def dtype_of(config: Mapping[str, Any], source: str) -> str:
     """The compute dtype that config.json names. Raises InputError for one that is not known."""
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    if name not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"{source}: dtype={name!r} is not known", "one of float32, bfloat16, float16")
+    if name not in ("float32", "bfloat16", "float16", "float64"):
+        raise InputError(f"{source}: dtype={name!r} is not known", "one of float32, bfloat16, float16, float64")
     return name

@@ -15,9 +15,10 @@ from safetensors.numpy import load_file, save_file
 from ruvjax.core.params import ParamSpec, init
 from ruvjax.core.rope import RopeScaling
 from ruvjax.errors import InputError, NotYetError, RuvjaxError
-from ruvjax.io import huggingface
+from ruvjax.io import huggingface, weights
 from ruvjax.io.huggingface import load_model, read_config, save_model
-from ruvjax.io.layout import PLACES, read_transformer
+from ruvjax.io.layout import read_transformer
+from ruvjax.io.transformer_layout import PLACES
 from ruvjax.models.transformer import Transformer
 
 TINY = Transformer(vocab_size=16, layers=2, width=8, heads=2, mlp_width=12, max_length=32)
@@ -133,7 +134,8 @@ def test_a_failed_export_leaves_the_old_one_and_no_litter(failing, exported, mon
         real = os.replace
         monkeypatch.setattr(os, "replace", lambda *a: fail() if next(renames) == 1 else real(*a))
     else:
-        monkeypatch.setattr(huggingface, "save_file" if failing == "weights" else "_write_json", fail)
+        place, name = (weights, "save_file") if failing == "weights" else (huggingface, "write_json")
+        monkeypatch.setattr(place, name, fail)
     before = drawn(TINY)
     with pytest.raises(OSError) as caught:
         save_model(exported, TINY, jax.tree.map(jnp.zeros_like, before))
@@ -254,8 +256,14 @@ PUBLISHED = {
         {"hidden_act": "gelu"},
         {"attention_bias": True},
         {"mlp_bias": True},
-        {"model_type": "qwen2", "use_sliding_window": True},
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
         {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
+        {"model_type": "qwen3", "layer_types": ["chunked_attention", "full_attention"]},
+        {"model_type": "qwen3", "layer_types": [["full_attention"], {}]},
+        {"model_type": "qwen3", "layer_types": 3},
+        {"model_type": "Dream", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
+        {"model_type": "mistral", "sliding_window": -4},
+        {"model_type": "mistral", "sliding_window": "wide"},
         {"partial_rotary_factor": 0.5},
         {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
         {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5}},
