@@ -1,8 +1,8 @@
 """Attention in C++ for the CPU (csrc/attention.cc): the faster route of the XLA body where a compiler is at hand.
 
-Its two passes are primitives, so that the choice falls when a program is lowered, not when it is traced: the native call
-where the program runs on one CPU device or, under `shard_map`, on its own share of the arrays; the XLA form on every other
-platform and where XLA's partitioner splits the arrays, which cannot look into a native call.
+Its two passes are primitives, so that the choice falls when a program is lowered, not when it is traced: the native
+call where the program runs on one CPU device or, under `shard_map`, on its own share of the arrays; the XLA form on
+every other platform and where XLA's partitioner splits the arrays, which cannot look into a native call.
 """
 
 import math

@@ -210,7 +210,9 @@ def release(pages: Pages, which: Bool[Array, "batch"]) -> Pages:
     )
 
 
-def share(pages: Pages, source: Int[Array, ""] | int, target: Int[Array, ""] | int, length: Int[Array, ""] | int) -> Pages:
+def share(
+    pages: Pages, source: Int[Array, ""] | int, target: Int[Array, ""] | int, length: Int[Array, ""] | int
+) -> Pages:
     """Give sequence `target`, which is released first, the first `length` tokens of another sequence `source`.
 
     No key or value is copied: both hold the same pages, and `reserve` gives the first that writes into a common one a

@@ -1,7 +1,7 @@
 """The TPU kernel: one flash pass a tier, a page of all key heads at a time, its address read from the page table.
 
-Scales and offsets never touch the codes. With one scale a channel, q . (s * c + o) = (q * s) . c + q . o, and the values
-are scaled after the sum; with one a token, the scores and the weights take them. Codes are exact in bfloat16.
+Scales and offsets never touch the codes. With one scale a channel, q . (s * c + o) = (q * s) . c + q . o, and the
+values are scaled after the sum; with one a token, the scores and the weights take them. Codes are exact in bfloat16.
 """
 
 from functools import partial
@@ -135,9 +135,7 @@ def _kernel(ids, first, end, q_ref, seen_ref, *refs, pl, page, operand, kinds):
             peak = jnp.maximum(before, jnp.max(scores, axis=-1, keepdims=True))
             weights = jnp.where(allowed, jnp.exp(scores - peak), 0.0)
             shrink = jnp.exp(before - peak)
-            added = _values(
-                weights, values[0][head], [x[one] for x in value_scales], kinds[1], operand, valid, tokens
-            )
+            added = _values(weights, values[0][head], [x[one] for x in value_scales], kinds[1], operand, valid, tokens)
             out_ref[head] = out_ref[head] * shrink + added
             total_ref[head] = total_ref[head] * shrink + jnp.sum(weights, axis=-1, keepdims=True)
             peak_ref[head] = peak

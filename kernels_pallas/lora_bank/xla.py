@@ -1,9 +1,9 @@
 """Selected low-rank updates for XLA, in two forms.
 
 Gathered: the matrices of each row are gathered and multiplied with it. Its memory grows with the number of selections
-(rows x k x (in + out) x rank), its time does not depend on the bank. Dense: all adapters are applied to all positions as
-two large products, and a mask of weights between them keeps the selected ones; nothing is gathered, but time grows with
-the bank.
+(rows x k x (in + out) x rank), its time does not depend on the bank. Dense: all adapters are applied to all positions
+as two large products, and a mask of weights between them keeps the selected ones; nothing is gathered, but time grows
+with the bank.
 """
 
 from functools import partial
@@ -17,7 +17,8 @@ from kernels_pallas.dispatch import platforms
 # A gathered number costs a CPU as much as this many multiply-adds of the dense form: 256 positions, rank 8, 1024 wide,
 # two cores. It says at which bank size one form overtakes the other.
 COPY_COST = {4: 20, 2: 40}
-# On a GPU or TPU the dense form takes half the time of the 2048 x 2048 matrix beside it at 512 columns, by its roofline.
+# On a GPU or TPU the dense form takes half the time of the 2048 x 2048 matrix beside it at 512 columns, by its
+# roofline.
 DENSE_COLUMNS = 1024
 
 

@@ -1,8 +1,8 @@
 """Quantized products in plain XLA, with the CPU kernel in front of them where it is there.
 
-On a CPU a dot with a weight that is dequantized inside the program runs 30 times slower than the float32 dot at one row,
-because the weight is written out first. Two forms avoid that: the kernel of `cpu`, and, without a compiler, sums of
-int32 products, which XLA turns into one pass over the codes. On a GPU the dequantization fuses into the dot.
+On a CPU a dot with a weight that is dequantized inside the program runs 30 times slower than the float32 dot at one
+row, because the weight is written out first. Two forms avoid that: the kernel of `cpu`, and, without a compiler, sums
+of int32 products, which XLA turns into one pass over the codes. On a GPU the dequantization fuses into the dot.
 """
 
 import jax

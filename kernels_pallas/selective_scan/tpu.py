@@ -190,9 +190,7 @@ def _forward_kernel(x_ref, delta_ref, a_ref, b_ref, c_ref, d_ref, initial_ref, *
     y_ref[0] = y[...].astype(y_ref.dtype)
 
 
-def backward(
-    x, delta, a, b, c, d, reset, starts, dy, dfinal, *, tiles: Tiles | None = None, interpret: bool = False
-):
+def backward(x, delta, a, b, c, d, reset, starts, dy, dfinal, *, tiles: Tiles | None = None, interpret: bool = False):
     """See `xla.backward`."""
     (batch, length, width), state = x.shape, a.shape[0]
     plan = _Plan.of(x, state, tiles)
@@ -224,9 +222,7 @@ def backward(
     return dx, ddelta, jnp.sum(da, 0)[:, :width], db, dc, jnp.sum(dd, (0, 1))[:width], dinitial[..., :width]
 
 
-def _backward_kernel(
-    x_ref, delta_ref, dy_ref, a_ref, b_ref, c_ref, d_ref, start_ref, dfinal_ref, *refs, steps, resets
-):
+def _backward_kernel(x_ref, delta_ref, dy_ref, a_ref, b_ref, c_ref, d_ref, start_ref, dfinal_ref, *refs, steps, resets):
     from jax.experimental import pallas as pl
 
     cut_ref = refs[0] if resets else None

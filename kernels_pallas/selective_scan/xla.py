@@ -6,7 +6,6 @@ without its batch axis: XLA:CPU takes ten times as long over [1, state, width] (
 states out (figures: experiments/bench), and it beats running chunks side by side, which costs every exponential twice.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 # Stands for log 0: finite, so that differences and products of it never make a NaN.
 LOG_ZERO = -1e30
-# Numbers that `unmask` looks at together. XLA:CPU writes the exponentials of a sum out: this many stay in its cache, all
-# of them would be copies of the logits.
+# Numbers that `unmask` looks at together. XLA:CPU writes the exponentials of a sum out: this many stay in its cache,
+# all of them would be copies of the logits.
 BLOCK = 1 << 18
 
 
