@@ -88,9 +88,9 @@ def kv_attention(
     heads is a multiple of the cache's kv_heads. A query sees the keys whose position is not above its own. `positions`
     are by default the last `length` ones of each sequence, so that a chunk which has just been appended attends
     causally within itself. Queries that shall see everything get `pages.lengths - 1`; one that may see nothing
-    (position -1, an empty sequence) yields zeros. `scale` is 1/sqrt(dim) by default. The result has the shape and dtype of q. It
-    is not differentiable on all implementations: decoding needs no gradient. Raises ValueError where heads, dim or
-    batch do not fit the cache, `kernels_pallas.dispatch.ImplError` for an `impl` that is not there.
+    (position -1, an empty sequence) yields zeros. `scale` is 1/sqrt(dim) by default. The result has the shape and dtype
+    of q. It is not differentiable on all implementations: decoding needs no gradient. Raises ValueError where heads,
+    dim or batch do not fit the cache, `kernels_pallas.dispatch.ImplError` for an `impl` that is not there.
     """
     batch, length, heads, dim = q.shape
     _, kv_heads, page, cached_dim = tiers.tail_k.bits.shape
