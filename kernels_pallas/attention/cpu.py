@@ -6,6 +6,7 @@ every other platform and where XLA's partitioner splits the arrays, which cannot
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -87,19 +88,22 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _forward_native(q, k, v, *allowed, scale):
-    blocks = heuristic(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
+    batch, queries, heads, dim = q.shape
+    blocks = heuristic(batch, queries, k.shape[1], heads, k.shape[2], dim)
     results = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32))
-    call = jax.ffi.ffi_call(TARGETS[0], results)
+    call: Callable[..., Any] = jax.ffi.ffi_call(TARGETS[0], results)
+    operands = (q, k, v, *_optional(allowed))
     sizes = {"query_block": np.int64(blocks.query), "key_block": np.int64(blocks.key)}
-    return call(q, k, v, *_optional(allowed), scale=np.float64(scale), **sizes)
+    return call(*operands, scale=np.float64(scale), **sizes)
 
 
 def _backward_native(out, lse, dout, q, k, v, *allowed, scale):
-    blocks = heuristic(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
+    batch, queries, heads, dim = q.shape
+    blocks = heuristic(batch, queries, k.shape[1], heads, k.shape[2], dim)
     parts = blocks.splits if k.shape[1] > blocks.key else 0
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     results.append(jax.ShapeDtypeStruct((parts, *q.shape), jnp.float32))
-    call = jax.ffi.ffi_call(TARGETS[1], results)
+    call: Callable[..., Any] = jax.ffi.ffi_call(TARGETS[1], results)
     operands = (q, k, v, *_optional(allowed), out, lse, dout)
     return call(*operands, scale=np.float64(scale), key_block=np.int64(blocks.key))[:3]
 

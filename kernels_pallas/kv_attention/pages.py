@@ -6,6 +6,8 @@ that a common prefix is kept once. Every function is pure and works under jit: w
 `Pages.failed`, which `check` raises for.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -132,8 +134,8 @@ def reserve(pages: Pages, counts: Int[Array, "batch"], most: int) -> tuple[Pages
     table = pages.tail_table.at[rows, jnp.where(wanted, logical % slots, slots)].set(ids, mode="drop")
     granted_counts = jnp.where(ok, counts, 0)
     reservation = Reservation(pages.lengths, granted_counts, present, jnp.where(copied, ids[:, 0], pool))
-    grown = pages.replace(
-        lengths=pages.lengths + granted_counts, tail_table=table, tail_users=users, failed=pages.failed | ~ok
+    grown = replace(
+        pages, lengths=pages.lengths + granted_counts, tail_table=table, tail_users=users, failed=pages.failed | ~ok
     )
     return grown, reservation
 
@@ -155,7 +157,8 @@ def plan_migration(
     ids, moved = _claim(pages.store_users, ready)
     rows = jnp.arange(source.shape[0])
     column = jnp.where(moved, (pages.stored // page) % slots, slots)
-    after = pages.replace(
+    after = replace(
+        pages,
         stored=pages.stored + jnp.where(moved, page, 0),
         store_table=pages.store_table.at[rows, column].set(ids, mode="drop"),
         store_users=_count(pages.store_users, ids, moved, 1),
@@ -180,7 +183,8 @@ def rollback(pages: Pages, lengths: Int[Array, "batch"]) -> Pages:
     kept = jnp.minimum(jnp.maximum(lengths, pages.stored), pages.lengths)
     logical = _logical(pages.tail_table, pages.stored // pages.page) * pages.page
     freed = (logical >= kept[:, None]) & (logical < pages.lengths[:, None])
-    return pages.replace(
+    return replace(
+        pages,
         lengths=kept,
         tail_users=_count(pages.tail_users, pages.tail_table, freed, -1),
         failed=pages.failed | (lengths < pages.stored),
@@ -194,13 +198,14 @@ def evict(pages: Pages, most: int) -> Pages:
     evicted = jnp.minimum(pages.evicted + excess, pages.stored)
     logical = _logical(pages.store_table, pages.evicted // pages.page) * pages.page
     freed = logical < evicted[:, None]
-    return pages.replace(evicted=evicted, store_users=_count(pages.store_users, pages.store_table, freed, -1))
+    return replace(pages, evicted=evicted, store_users=_count(pages.store_users, pages.store_table, freed, -1))
 
 
 def release(pages: Pages, which: Bool[Array, "batch"]) -> Pages:
     """Empty the sequences `which`: their pages are free again where no other sequence holds them."""
     tail, store = _held(pages)
-    return pages.replace(
+    return replace(
+        pages,
         lengths=jnp.where(which, 0, pages.lengths),
         stored=jnp.where(which, 0, pages.stored),
         evicted=jnp.where(which, 0, pages.evicted),
@@ -229,7 +234,8 @@ def share(
     tail, store = _held(pages)
     tail = tail[source] & (_logical(pages.tail_table, pages.stored // page)[source] * page < length)
     store = store[source] & (_logical(pages.store_table, pages.evicted // page)[source] * page < length)
-    return pages.replace(
+    return replace(
+        pages,
         lengths=pages.lengths.at[target].set(length),
         stored=pages.stored.at[target].set(jnp.minimum(stored, length)),
         evicted=pages.evicted.at[target].set(jnp.minimum(evicted, length)),

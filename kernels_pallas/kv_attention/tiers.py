@@ -8,6 +8,7 @@ Floating-point pages are kept as their bits: XLA:CPU widens the whole of a bfloa
 it. On two cores, adding a token to 8 sequences takes 1060 us a layer in bfloat16 and 90 us in its bits.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -151,15 +152,15 @@ def write(
         bits.at[ids, :, position % page].set(to_bits(new.astype(tiers.tail_k.dtype)), mode="drop")
         for bits, new in zip(tails, (k, v))
     )
-    return tiers.replace(tail_k=tiers.tail_k.replace(bits=tail_k), tail_v=tiers.tail_v.replace(bits=tail_v))
+    return replace(tiers, tail_k=replace(tiers.tail_k, bits=tail_k), tail_v=replace(tiers.tail_v, bits=tail_v))
 
 
 def quantize_pages(tiers: PagedTiers, migration: Migration) -> PagedTiers:
     """Quantize the tail pages of `migration` into the store."""
     k, v = (fetch(tail, migration.source) for tail in (tiers.tail_k, tiers.tail_v))
     k = hadamard.rotate(k) if tiers.rotated else k
-    return tiers.replace(
-        store_k=_put(tiers.store_k, migration.target, k), store_v=_put(tiers.store_v, migration.target, v)
+    return replace(
+        tiers, store_k=_put(tiers.store_k, migration.target, k), store_v=_put(tiers.store_v, migration.target, v)
     )
 
 
@@ -311,7 +312,8 @@ def _round_up(x: jax.Array) -> jax.Array:
 
 def _put(store: Store, target: jax.Array, x: jax.Array) -> Store:
     codes, scale, offset = quantize(x, store.bits, store.scales)
-    return store.replace(
+    return replace(
+        store,
         codes=store.codes.at[target].set(codes, mode="drop"),
         scale=store.scale.at[target].set(to_bits(scale), mode="drop"),
         offset=store.offset.at[target].set(to_bits(offset), mode="drop"),

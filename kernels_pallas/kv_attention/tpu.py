@@ -22,7 +22,7 @@ MEMORY = 12 * 2**20  # of the 16 MiB of VMEM that the smallest supported chip ha
 
 def unsupported(q: jax.Array, tiers: PagedTiers, pages: Pages) -> str:
     """Why the compiled kernel cannot run on these shapes, "" where it can."""
-    batch, length, heads, dim = q.shape
+    _, length, heads, dim = q.shape
     _, kv_heads, page, _ = tiers.tail_k.bits.shape
     if dim % 128:
         return f"a head dimension of {dim} is no multiple of 128 lanes"
@@ -65,7 +65,7 @@ def _tier(q, seen, table, first, end, k, v, page, operand, interpret) -> Part:
 
     pltpu = compat.mosaic_tpu()
     batch, slots = table.shape
-    _, kv_heads, rows, dim = q.shape
+    _, kv_heads, rows, _ = q.shape
     columns = (first[:, None] + jnp.arange(slots)[None, :]) % slots
     pool = (k.codes if isinstance(k, Store) else k.bits).shape[0]
     ids = jnp.clip(jnp.take_along_axis(table, columns, axis=1), 0, pool - 1)

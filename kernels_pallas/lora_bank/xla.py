@@ -36,7 +36,8 @@ def lora_bank(x: jax.Array, a: jax.Array, b: jax.Array, ids: jax.Array, weights:
     `kernels_pallas.lora_bank.lora_bank`."""
     if x.size == 0 or ids.size == 0:
         return jnp.zeros((*x.shape[:2], b.shape[2]), x.dtype)
-    pays = dense_pays(*x.shape[:2], ids.shape[1], a.shape[0], a.shape[2], x.dtype.itemsize)
+    rows, length, _ = x.shape
+    pays = dense_pays(rows, length, ids.shape[1], a.shape[0], a.shape[2], x.dtype.itemsize)
     return (dense if pays else gathered)(x, a, b, ids, weights)
 
 

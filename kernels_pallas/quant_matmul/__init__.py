@@ -1,6 +1,7 @@
 """Products with block-quantized weights (Q8_0, Q4_0 and Q4_K: the layouts of GGUF files)."""
 
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ def quant_matmul(
     if weight.ndim != 2 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"quant_matmul: x has shape {x.shape}, the weight {weight.shape}")
     flat = x.reshape(-1, x.shape[-1])
-    return _multiply(flat, weight, impl).reshape(*x.shape[:-1], weight.shape[1])
+    return cast(jax.Array, _multiply(flat, weight, impl)).reshape(*x.shape[:-1], weight.shape[1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -14,7 +14,7 @@ Q6_K  256 weights, 210 bytes: 128 bytes of low nibbles,   w = d s (q - 32)
        64 of high bit pairs, 16 int8 scales, d.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,7 +84,7 @@ def decode(kind: str, data: Bytes) -> Floats:
     if kind == "Q6_K":
         return _decode_q6_k(_blocks_of(kind, data))
     fields = unpack(kind, data)
-    codes = fields.codes
+    codes: NDArray[Any] = fields.codes
     with np.errstate(invalid="ignore", over="ignore"):  # a scale read from a file may be infinite or NaN
         if kind == "Q8_0":
             q = codes.reshape(*codes.shape[:-1], -1, 32).astype(np.float32)

@@ -62,14 +62,14 @@ def _search(x: Floats) -> Found:
     return Found(codes.astype(np.uint8), pairs[..., 0].astype(np.uint8), pairs[..., 1].astype(np.uint8), half)
 
 
-def _half(steps: Floats, exponent: NDArray) -> Floats:
+def _half(steps: NDArray, exponent: NDArray) -> Floats:
     """The steps rounded as the float16 that will be stored, in the scaled units."""
     with np.errstate(over="ignore"):
         stored = np.ldexp(np.maximum(steps, 0), exponent[:, None]).astype(np.float16)
     return np.ldexp(np.where(np.isfinite(stored), stored, np.float16(65504)).astype(np.float32), -exponent[:, None])
 
 
-def _divide(a: Floats, b: Floats) -> Floats:
+def _divide(a: Floats | np.float32, b: Floats) -> Floats:
     return np.divide(a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape), np.float32), where=b > 0)
 
 

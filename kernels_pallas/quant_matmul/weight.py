@@ -75,14 +75,15 @@ def from_blocks(kind: str, data: np.ndarray) -> QuantizedWeight:
     are no whole blocks or `kind` is not one of `KINDS`."""
     if np.ndim(data) < 2:
         raise ValueError(f"{kind}: a weight has at least two axes, not shape {np.shape(data)}")
-    return QuantizedWeight(*(None if x is None else jnp.asarray(x) for x in formats.unpack(kind, data)), kind=kind)
+    fields = formats.unpack(kind, data)
+    mins, steps = (None if x is None else jnp.asarray(x) for x in (fields.mins, fields.steps))
+    return QuantizedWeight(jnp.asarray(fields.codes), jnp.asarray(fields.scales), mins, steps, kind=kind)
 
 
 def to_blocks(weight: QuantizedWeight) -> np.ndarray:
     """The inverse of `from_blocks`: the bytes that a file holds, uint8 [..., outer, row bytes]."""
-    arrays = weight.codes, weight.scales, weight.mins, weight.steps
-    fields = formats.Fields(*(None if x is None else np.asarray(x) for x in arrays))
-    return formats.pack(weight.kind, fields)
+    mins, steps = (None if x is None else np.asarray(x) for x in (weight.mins, weight.steps))
+    return formats.pack(weight.kind, formats.Fields(np.asarray(weight.codes), np.asarray(weight.scales), mins, steps))
 
 
 def rows(weight: QuantizedWeight) -> jax.Array:

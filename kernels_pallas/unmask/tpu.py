@@ -72,8 +72,8 @@ def groups(logits, floor, temperature, group, exclude=-1, *, tiles: Tiles | None
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
     )(*operands)
-    found = [value.reshape(*shape, count) for value in out]
-    return xla.Groups(*found) if apart else xla.Groups(*found, None)
+    first, second, third, *fourth = [value.reshape(*shape, count) for value in out]
+    return xla.Groups(first, second, third, *(fourth or [None]))
 
 
 def _groups_kernel(x_ref, *refs, group, vocabulary, temperature, floors, exclude):

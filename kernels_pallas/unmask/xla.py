@@ -107,6 +107,7 @@ def groups(logits, floor, temperature, group) -> Groups:
     def block(i, found):
         start = jnp.minimum(i * together, rows - together)  # the last block may take up rows of the one before it
         part, floor = (x if x is None else jax.lax.dynamic_slice_in_dim(x, start, together) for x in (flat, floors))
+        assert part is not None
         one = _groups_of(jax.lax.bitcast_convert_type(part, logits.dtype), floor, temperature, group)
         return jax.tree.map(lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new, start, 0), found, one)
 

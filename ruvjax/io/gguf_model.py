@@ -94,7 +94,10 @@ def load_gguf(
         weights="/".join(sorted(kinds)),
         causal=_entry(file, f"{architecture}.attention.causal", architecture in CAUSAL),
         eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
-        **tokens,
+        mask_token_id=tokens["mask_token_id"],
+        bos_token_id=tokens["bos_token_id"],
+        eos_token_id=tokens["eos_token_id"],
+        pad_token_id=tokens["pad_token_id"],
     )
     return model, treedef.unflatten(arrays), files
 

@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -49,7 +49,7 @@ def download(
     file: str | None = None,
     token: str | None = None,
     revision: str | None = None,
-    cache: str | os.PathLike[str] | None = None,
+    cache: str | Path | None = None,
     progress: bool = True,
 ) -> Path:
     """Fetch the configuration, tokenizer and safetensors of a model, or one `file` of it (such as a .gguf).
@@ -68,7 +68,7 @@ def download(
             token=token,
             allow_patterns=[file] if file else [*FILES, *WEIGHTS],
             ignore_patterns=None if file else list(PASSED_OVER),
-            tqdm_class=tqdm if progress else _Silent,
+            tqdm_class=cast(Any, tqdm if progress else _Silent),
             library_name="ruvjax",
             library_version=ruvjax.__version__,
         )

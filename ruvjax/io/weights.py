@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -196,7 +196,7 @@ def _leaf(tensors: list[_Stored], spec: ParamSpec, stacked: bool, dtype: np.dtyp
 
     if sharding is None:
         return jnp.asarray(part((slice(None),) * len(spec.shape)))
-    return jax.make_array_from_callback(spec.shape, sharding, part)
+    return jax.make_array_from_callback(spec.shape, sharding, cast(Any, part))
 
 
 def _refuse_unread(names: set[str], folder: Path, model: Any, table: Mapping[str, Place]) -> None:

@@ -4,7 +4,7 @@ Causal or bidirectional is a value of `mask`, not a property of the model. Layer
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -203,9 +203,9 @@ class Transformer:
         `positions` default to 0..length-1; `logits=False` leaves the readout to the caller; `impl` names the attention
         implementation. Raises ConfigError where a time-conditioned model gets no time."""
         dtype = compute_dtype(self.dtype)
-        mask = Mask() if mask is None else mask
-        if self.window:
-            mask = mask.replace(window=min(self.window, mask.window or self.window))
+        given = Mask() if mask is None else mask
+        window = min(self.window, given.window or self.window) if self.window else given.window
+        seen = replace(given, window=window)
         positions = default_positions(tokens) if positions is None else positions
         rotation = rotations(positions, self.dim_per_head, self.rope_theta, self.rope_scaling)
         x = embed(tokens, params.embedding).astype(dtype)
@@ -215,7 +215,7 @@ class Transformer:
             condition = None
 
         def block(x, weights):
-            return self._block(x, weights, mask, rotation, condition, impl), None
+            return self._block(x, weights, seen, rotation, condition, impl), None
 
         if self.unroll:
             for weights in _unstack(params.layers, self.layers):
@@ -229,7 +229,7 @@ class Transformer:
             shift, scale = jnp.split(change[:, None, :].astype(dtype), 2, axis=-1)
             hidden = hidden * (1 + scale) + shift
         if self.shift:
-            hidden = _shifted(hidden, mask.segments)
+            hidden = _shifted(hidden, seen.segments)
         return Output(self.head(params, hidden) if logits else None, hidden)
 
     def head(self, params: TransformerParams, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
