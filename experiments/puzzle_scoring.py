@@ -10,7 +10,8 @@ import numpy as np
 from experiments.boards import Solving
 from ruvjax.data.puzzles.stream import PuzzleSet, evaluation_puzzles, random_words
 from ruvjax.data.repair.evaluate import wilson
-from ruvjax.models.trm import TinyRecursive, solve
+from ruvjax.models.trm import TinyRecursive
+from ruvjax.models.trm_solve import solve
 
 BLANK = 1  # of Sudoku
 _CHUNK = 4096  # training images compared at a time

@@ -27,7 +27,8 @@ from ruvjax.data.puzzles.arc import ArcSource
 from ruvjax.data.puzzles.stream import PuzzleSet, PuzzleStream
 from ruvjax.errors import InputError
 from ruvjax.io.trm import load_trm, save_trm
-from ruvjax.models.trm import TinyRecursive, solve
+from ruvjax.models.trm import TinyRecursive
+from ruvjax.models.trm_solve import solve
 from ruvjax.training import report
 from ruvjax.training.loop import Fit
 from ruvjax.training.provenance import collect_provenance

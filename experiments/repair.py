@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import html
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from ruvjax.data.repair.codec import Codec, load_codec
 from ruvjax.data.repair.evaluate import baselines, score, table
 from ruvjax.data.repair.pairs import Pair, RepairCorpus, RepairSource
 from ruvjax.data.repair.sandbox import Limits
+from ruvjax.data.repair.search import Search, best_edit
 from ruvjax.data.repair.syntax import parse
 from ruvjax.errors import ConfigError, InputError
 from ruvjax.io.trm import load_trm, save_trm
-from ruvjax.models.trm import TinyRecursive, solve
+from ruvjax.models.trm import TinyRecursive
+from ruvjax.models.trm_solve import final_logits
 from ruvjax.training import report
 from ruvjax.training.provenance import collect_provenance
 from ruvjax.training.runfolder import RunFolder, read_metrics
@@ -50,35 +52,61 @@ class Repairer:
     steps: int
     impl: str | None = None
 
-    def repair(self, texts: Sequence[str], batch: int, steps: int = 0, rounds: int = 1) -> list[str]:
-        """The repaired texts. In each further round those that do not parse yet, and changed, are repaired again.
+    def repair(
+        self, texts: Sequence[str], batch: int, steps: int = 0, rounds: int = 1, search: Search | None = None
+    ) -> list[str]:
+        """The repaired texts: with `search` the best edit that parses, and the model's own answer where there is none
+        or without it. In each further round those that do not parse yet, and changed, are repaired again.
         A text that parsed to begin with stays as it was where its repair does not parse.
 
         Raises InputError for a text that does not fit the grid.
         """
-        first, found = texts, self._once(texts, batch, steps)
+        first, found = texts, self._once(texts, batch, steps, search)
         for _ in range(rounds - 1):
             again = [
                 number
                 for number, (text, before) in enumerate(zip(found, texts))
                 if text != before and parse(text) is None and self.codec.fits(text)
             ]
-            texts = found
-            for number, text in zip(again, self._once([found[number] for number in again], batch, steps)):
-                found = [*found[:number], text, *found[number + 1 :]]
+            texts, found = found, list(found)
+            repaired = self._once([found[number] for number in again], batch, steps, search)
+            for number, text in zip(again, repaired):
+                found[number] = text
         return [
             before if parse(text) is None and parse(before) is not None else text for text, before in zip(found, first)
         ]
 
-    def _once(self, texts: Sequence[str], batch: int, steps: int) -> list[str]:
-        found: list[str] = []
-        for first in range(0, len(texts), batch):
-            part = np.stack([self.codec.encode(text) for text in texts[first : first + batch]])
-            filled = np.concatenate([part, np.zeros((batch - len(part), *part.shape[1:]), part.dtype)])
-            questions = grids.to_questions(self.codec, filled, self.model.marks > 1)
-            answers, _ = solve(self.model, self.params, questions, steps=steps or self.steps, impl=self.impl)
-            found += grids.to_texts(self.codec, np.asarray(answers[-1])[: len(part)], part)
+    def _once(self, texts: Sequence[str], batch: int, steps: int, search: Search | None) -> list[str]:
+        found = list(texts)
+        for number, grid, logits in self._logits(texts, batch, steps):
+            edited = best_edit(self.codec, logits, grid, search) if search is not None else None
+            if edited is not None:
+                found[number] = edited
+            elif search is None or parse(texts[number]) is None:
+                text = self.codec.decode(np.argmax(logits, axis=-1))
+                found[number] = text if text.endswith("\n") or not text else text + "\n"
         return found
+
+    def _logits(self, texts: Sequence[str], batch: int, steps: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """For every text, in any order: its number, its grid, and the logits of the answer's cells at the last step."""
+        found = [self.codec.encode(text) for text in texts]
+        strips = [grids.question(self.codec, grid, self.model.marks > 1) for grid in found]
+        # attention takes boards of any length: a function longer than those of training has one to itself
+        length = max([self.model.length, *map(len, strips)])
+        model = dataclasses.replace(self.model, length=length, columns=length)
+        places, count = grids.pack([len(strip) for strip in strips], length)
+        boards = grids.on_boards(strips, places, -(-count // batch) * batch, length)
+        members: dict[int, list[tuple[int, int]]] = {}
+        for number, place in enumerate(places):
+            if place is not None:
+                members.setdefault(place[0], []).append((number, place[1]))
+        for first in range(0, len(boards), batch):
+            part = boards[first : first + batch]
+            logits = final_logits(model, self.params, part, steps=steps or self.steps, impl=self.impl)
+            for board, whole in enumerate(np.asarray(logits), start=first):
+                for number, cell in members.get(board, ()):
+                    own = whole[cell : cell + len(strips[number])]
+                    yield number, found[number], grids.grid_logits(self.codec, own, found[number])
 
 
 def train(job: RepairTrain, launch: Launch) -> Path:
@@ -94,8 +122,16 @@ def train(job: RepairTrain, launch: Launch) -> Path:
         folder.write_provenance(provenance)
         note(f"{'continuing' if folder.resumed else 'run folder'} {folder.path}")
         note(f"model: {count(model):,} parameters")
-        stream = corpus.stream(job.pipeline.batch, job.pipeline.seed, jax.process_index(), jax.process_count())
-        batches = grids.BoardStream(stream, corpus.codec, model.marks > 1)
+        drawn = job.pipeline.batch * job.pipeline.per_board
+        stream = corpus.stream(drawn, job.pipeline.seed, jax.process_index(), jax.process_count())
+        batches = grids.BoardStream(
+            stream,
+            corpus.codec,
+            job.pipeline.batch // jax.process_count(),
+            model.length,
+            model.marks > 1,
+            job.objective.max_steps,
+        )
         position = batches.get_state()
         state, step = training_parts(job, model, next(batches), mesh)
         batches.set_state(position)
@@ -107,7 +143,9 @@ def train(job: RepairTrain, launch: Launch) -> Path:
             return Repairer(model, params, corpus.codec, steps, job.kernels.attention_impl)
 
         def evaluate(state: TrainState) -> dict[str, float]:
-            texts = repairer_of(state).repair([pair.broken for pair in valid], job.evaluation.batch)
+            settings = job.evaluation
+            broken = [pair.broken for pair in valid]
+            texts = repairer_of(state).repair(broken, settings.batch, search=settings.looking())
             return {"eval_exact": float(np.mean([text == pair.fixed for text, pair in zip(texts, valid)]))}
 
         fitted = fit_state(
@@ -147,12 +185,15 @@ def read_corpus(source: RepairSource, codec: Codec | None = None) -> RepairCorpu
 
 def fit_grid(model: TinyRecursive, codec: Codec) -> TinyRecursive:
     """`model` for the grid and the vocabulary of the codec; no puzzle vectors."""
-    cells = codec.height * codec.width
-    vocabulary = grids.vocabulary(codec)
     if model.marks not in (1, grids.MARKS):
         raise ConfigError(f"model.marks={model.marks}", f"{grids.MARKS} to see where the parser stops, 1 not to")
     return dataclasses.replace(
-        model, vocab_size=vocabulary, length=cells, rows=codec.height, columns=codec.width, puzzles=0
+        model,
+        vocab_size=grids.vocabulary(codec),
+        begin=grids.begin(codec),
+        rows=1,
+        columns=model.length,
+        puzzles=0,
     )
 
 
@@ -169,8 +210,13 @@ def judge(
     limits = Limits()
     # another seed than that of the corruption in training; all kinds alike, so that rare ones can be judged too
     pairs = corpus.held_out(split, settings.pairs, seed + 1, True, limits if settings.run_tests else None)
-    texts = repairer.repair([pair.broken for pair in pairs], settings.batch, settings.steps, settings.rounds)
-    answers = {"model": texts, **baselines(pairs)}
+    broken = [pair.broken for pair in pairs]
+    search = settings.looking()
+    texts = repairer.repair(broken, settings.batch, settings.steps, settings.rounds, search)
+    answers = {"model": texts}
+    if search is not None:
+        answers["no search"] = repairer.repair(broken, settings.batch, settings.steps, settings.rounds)
+    answers |= baselines(pairs)
     scores = {name: score(pairs, repaired, limits) for name, repaired in answers.items()}
     tables = {measure: table(scores, measure) for measure in ("exact", "parses", "passes")}
     note(tables["exact"])
@@ -201,7 +247,7 @@ def load(path: ModelPath, impl: str | None = None) -> tuple[Repairer, RepairSour
     folder = wiring.model_folder(path)
     model, params, settings = load_trm(folder, MODEL_TYPE)
     codec = load_codec(folder / CODEC)
-    if (codec.height, codec.width, grids.vocabulary(codec)) != (model.rows, model.columns, model.vocab_size):
+    if (grids.vocabulary(codec), grids.begin(codec)) != (model.vocab_size, model.begin):
         raise InputError(f"{folder}: {CODEC} is not the codec of this model", "export the model again")
     steps, data = settings.get("steps"), settings.get("data")
     if not isinstance(steps, int) or steps < 1 or not isinstance(data, dict):
@@ -234,7 +280,8 @@ def sample(job: RepairSample, launch: Launch) -> Path:
     if not text.strip():
         raise InputError("there is no function to repair", "sample.prompt='...' or sample.file=PATH")
     text = text if text.endswith("\n") else text + "\n"
-    repaired = repairer.repair([text], 1, job.sample.steps, job.sample.rounds)[0]
+    wanted = job.sample
+    repaired = repairer.repair([text], 1, wanted.steps, wanted.rounds, wanted.looking())[0]
     with launch.folder(job.run) as folder:
         provenance = collect_provenance({"seed": job.seed}, vars(allocator.report()))
         folder.write_provenance(provenance)

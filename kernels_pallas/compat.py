@@ -7,6 +7,7 @@ breaks where it is missing (Apple's plugins).
 import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
 import jax
 
@@ -31,3 +32,9 @@ def mosaic_gpu() -> ModuleType:
 
 def mosaic_tpu() -> ModuleType:
     return importlib.import_module("jax.experimental.pallas.tpu")
+
+
+def gpu_load(ref: Any, layout: Any) -> jax.Array:
+    """Read a reference inside a Mosaic GPU kernel into registers of `layout`, however its elements lie in memory."""
+    index = () if JAX_VERSION >= (0, 11) else ((),)  # a second argument until 0.11, which warns of one
+    return mosaic_gpu().load(ref, *index, layout=layout, optimized=False)

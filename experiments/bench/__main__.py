@@ -1,6 +1,6 @@
 """Measure ours against peers: `python -m experiments.bench name=diffusion [peer.path=DIR] [peer.python=PATH]`.
 
-    name         which benchmark: diffusion, mamba, trm
+    name         which benchmark: diffusion, kernels, mamba, trm
     rows         only these rows, separated by commas (default: all; the file then keeps the other rows it had)
     rounds       how often the sides take turns (default 3)
     peer.path    a checkout of the peer that has to be imported from one (tiny-diffusion, TinyRecursiveModels)
@@ -23,6 +23,7 @@ from rich.table import Table
 
 from experiments.bench.measure import Side, alternate, available
 from experiments.bench.rows import Row, diffusion
+from experiments.bench.rows_kernels import kernels
 from experiments.bench.rows_mamba import mamba
 from experiments.bench.rows_trm import trm
 from experiments.build import nearest
@@ -30,7 +31,7 @@ from ruvjax.core.backend import compute_threads
 from ruvjax.core.files import write_json
 from ruvjax.errors import ConfigError, RunError, RuvjaxError
 
-BENCHMARKS = {"diffusion": diffusion, "mamba": mamba, "trm": trm}
+BENCHMARKS = {"diffusion": diffusion, "kernels": kernels, "mamba": mamba, "trm": trm}
 RESULTS = Path(__file__).resolve().parent / "results"
 USAGE = "usage: python -m experiments.bench name=NAME [rows=A,B] [rounds=3] [peer.path=DIR] [peer.python=PATH]"
 
@@ -83,7 +84,7 @@ def measure(row: Row, job: Job, console: Console) -> tuple[dict[str, Any], Side]
         console.print(f"{row.name}: {row.peer.title} is not run: {missing}", style="yellow", markup=False)
     sides = [(row.program, {**row.job, **row.ours})]
     if not missing:
-        sides.append((row.peer, {**row.job, "path": job.path}))
+        sides.append((row.peer, {**row.job, **row.theirs, "path": job.path}))
     measured = alternate(sides, row.dtypes, job.rounds, job.python)
     rates = [row.tokens / side.median for side in measured]
     ours, theirs = measured[0], measured[1] if not missing else None

@@ -93,6 +93,8 @@ def launch(program: Program, job: Mapping[str, Any], settings: Mapping[str, str]
 
 def available(program: Program, python: str, path: str) -> str:
     """Why the peer cannot run, or "". Raises InputError for a `peer.path` that is not the project."""
+    if program.is_ours:
+        return ""
     names = ", ".join(program.imports)
     probe = subprocess.run([python, "-c", f"import {names}"], capture_output=True)
     if probe.returncode:
@@ -106,13 +108,22 @@ def available(program: Program, python: str, path: str) -> str:
     return ""
 
 
+def best_of(tried: Sequence[tuple[dict[str, Any], Any]]) -> tuple[dict[str, Any], Any]:
+    """The fastest of the (report, setting) pairs; where memory was measured, the leanest of those within 5% of it."""
+    medians = [statistics.median(report["seconds"]) for report, _ in tried]
+    close = [pair for pair, median in zip(tried, medians) if median <= 1.05 * min(medians)]
+    if all("step_bytes" in report for report, _ in close):
+        return min(close, key=lambda pair: pair[0]["step_bytes"])
+    return tried[medians.index(min(medians))]
+
+
 def alternate(
     sides: Sequence[tuple[Program, Mapping[str, Any]]], dtypes: Sequence[str], rounds: int, python: str
 ) -> list[Side]:
     """Run the sides in turn, `rounds` times.
 
-    The first round tries every allocator and dtype for each side; the later ones keep what was fastest for it, and the
-    result holds the repetitions of that alone.
+    The first round tries every allocator and dtype for each side; the later ones keep what was best for it (`best_of`),
+    and the result holds the repetitions of that alone.
     """
     threads = compute_threads()
     variants = [(f"{name}, {dtype}", env, dtype) for name, env in allocators().items() for dtype in dtypes]
@@ -121,7 +132,7 @@ def alternate(
         for tried, (program, job) in zip(first, sides):
             report = launch(program, {**job, "dtype": variant[2], "threads": threads}, variant[1], python)
             tried.append((report, variant))
-    best = [min(tried, key=lambda pair: statistics.median(pair[0]["seconds"])) for tried in first]
+    best = [best_of(tried) for tried in first]
     seconds = [list(report["seconds"]) for report, _ in best]
     for _ in range(rounds - 1):
         for collected, (_, variant), (program, job) in zip(seconds, best, sides):

@@ -1,7 +1,7 @@
 """The rows of each benchmark: what both sides run, and which program is the peer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from experiments.bench.measure import Program
@@ -20,13 +20,14 @@ class Row:
     """
 
     name: str
-    unit: Literal["tokens/s", "steps/s"]
+    unit: Literal["tokens/s", "steps/s", "calls/s"]
     job: Mapping[str, Any]
     tokens: int
     program: Program
     peer: Program
     ours: Mapping[str, Any]
     dtypes: tuple[str, ...] = ("float32",)
+    theirs: Mapping[str, Any] = field(default_factory=dict)
 
 
 SIZES = {

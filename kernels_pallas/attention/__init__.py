@@ -5,9 +5,10 @@ from functools import partial
 
 import jax
 
-from kernels_pallas.attention import reference, xla
+from kernels_pallas.attention import cpu, reference, xla
 from kernels_pallas.attention.mask import Mask
-from kernels_pallas.dispatch import Body, dispatch
+from kernels_pallas.dispatch import Body, dispatch, log_fallback
+from kernels_pallas.native import switched_off
 
 __all__ = ["IMPLEMENTATIONS", "Mask", "attention"]
 
@@ -35,6 +36,17 @@ def attention(
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     bodies = {
         "reference": Body(partial(reference.attention, scale=scale)),
-        "xla": Body(partial(xla.attention, scale=scale)),
+        "xla": Body(partial(_xla, scale=scale)),
     }
     return dispatch("attention", impl, bodies, q, k, v, Mask() if mask is None else mask)
+
+
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
+    """The XLA body, and in its place its native equal on a CPU that has a compiler."""
+    if jax.default_backend() != "cpu" or switched_off():
+        return xla.attention(q, k, v, mask, scale)
+    reason = cpu.unsupported(q, k, v, scale)
+    if reason:
+        log_fallback("attention", "the native CPU kernel", reason)
+        return xla.attention(q, k, v, mask, scale)
+    return cpu.attention(q, k, v, mask.allowed(q.shape[1]), scale)

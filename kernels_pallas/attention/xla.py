@@ -13,11 +13,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.attention.mask import Mask
-from kernels_pallas.layout import contract, row_major_transpose
+from kernels_pallas.layout import contract, contract_leading
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
     """Same contract as the reference; q [batch, length, heads, dim], k and v [batch, length, kv_heads, dim]."""
+    return attend(q, k, v, mask.allowed(q.shape[1]), scale)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None, scale: float) -> jax.Array:
+    """The same with the mask as bool [batch or 1, length, length], or None where everything is allowed."""
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
@@ -25,7 +30,6 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float
     folded_q = q.reshape(batch, length, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
     folded_q = folded_q.reshape(batch * kv_heads, group * length, dim)
     folded_k, folded_v = (x.transpose(0, 2, 1, 3).reshape(batch * kv_heads, length, dim) for x in (k, v))
-    allowed = mask.allowed(length)
     out = cast(jax.Array, _attend(folded_q, folded_k, folded_v, allowed, scale))
     out = out.reshape(batch, kv_heads, group, length, dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, heads, dim)
@@ -58,14 +62,14 @@ def _attend_fwd(q, k, v, allowed, scale):
 def _attend_bwd(scale, saved, dout):
     q, k, v, probs, out = saved
     dout = lax.optimization_barrier(dout)
-    dv = contract(row_major_transpose(probs), dout, 2, 1).astype(v.dtype)
+    dv = contract_leading(probs, dout).astype(v.dtype)
     dprobs = contract(dout, v, 2, 2)
     # sum_m dP * P = dO . O for each query, so the softmax backward needs no second pass over the probabilities.
     inner = jnp.sum((dout * out).astype(jnp.float32), axis=-1, keepdims=True)
     dscores = (probs * (dprobs - inner) * scale).astype(q.dtype)
     dscores = lax.optimization_barrier(dscores)
     dq = contract(dscores, k, 2, 1).astype(q.dtype)
-    dk = contract(row_major_transpose(dscores), q, 2, 1).astype(k.dtype)
+    dk = contract_leading(dscores, q).astype(k.dtype)
     return dq, dk, dv, None
 
 

@@ -23,8 +23,8 @@ def quant_matmul(
     """`x @ weight` with the weight dequantized on the way, in float32 (float64 for float64 x).
 
     Only x has a gradient: the weight is a constant. A bfloat16 x meets a weight in bfloat16 where a dot does the work
-    (GPU, TPU, many rows) and in float32 elsewhere. Raises ValueError where the shapes do not fit, `kernels_pallas.dispatch.ImplError` for an `impl`
-    that is not there or cannot run.
+    (GPU, TPU, many rows) and in float32 elsewhere. Raises ValueError where the shapes do not fit,
+    `kernels_pallas.dispatch.ImplError` for an `impl` that is not there or cannot run.
     """
     if weight.ndim != 2 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"quant_matmul: x has shape {x.shape}, the weight {weight.shape}")

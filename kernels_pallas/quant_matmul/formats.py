@@ -1,7 +1,7 @@
 """The block formats of GGUF in numpy: Q8_0, Q4_0, Q4_K (both ways) and Q6_K (decoded only).
 
-A row of weights is cut into blocks along its last axis; a block is a few scales and the integer codes. Byte layouts, with
-`d` and `dmin` float16 in little-endian order (ggml's block structures):
+A row of weights is cut into blocks along its last axis; a block is a few scales and the integer codes. Byte layouts,
+with `d` and `dmin` float16 in little-endian order (ggml's block structures):
 
 Q8_0   32 weights, 34 bytes: d, 32 int8.                  w = d q
 Q4_0   32 weights, 18 bytes: d, 16 bytes of two codes,    w = d (q - 8)

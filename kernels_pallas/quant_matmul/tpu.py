@@ -2,8 +2,8 @@
 
 Scaling every weight would cost the vector unit more than the product itself. Instead the matrix unit takes 128 columns
 of codes at a time against x repeated once for each group of them that shares a scale, each copy zero outside its group:
-[groups * rows, 128] by [outer, 128]. The result has one partial sum a group, which its scale multiplies along the lanes.
-For the few rows of decoding the matrix unit has that time to spare. Codes are exact in bfloat16.
+[groups * rows, 128] by [outer, 128]. The result has one partial sum a group, which its scale multiplies along the
+lanes. For the few rows of decoding the matrix unit has that time to spare. Codes are exact in bfloat16.
 """
 
 from functools import partial

@@ -1,15 +1,16 @@
 """Selective state-space recurrences: Mamba's diagonal scan and Mamba-2's scalar-decay form of it (SSD)."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from kernels_pallas.dispatch import Body, dispatch
-from kernels_pallas.selective_scan import reference, ssd, xla
+from kernels_pallas.selective_scan import gpu, reference, ssd, tpu, xla
 
 __all__ = ["selective_scan", "state_space_dual"]
 
-SCAN = {"reference": Body(reference.selective_scan), "xla": Body(xla.selective_scan)}
 DUAL = {"reference": Body(reference.state_space_dual), "xla": Body(ssd.state_space_dual)}
 
 
@@ -47,7 +48,48 @@ def selective_scan(
         "reset": (reset, (batch, length)),
     }
     _check("selective_scan", wanted)
-    return dispatch("selective_scan", impl, SCAN, x, delta, a, b, c, d, initial, reset)
+    if impl == "reference":
+        return reference.selective_scan(x, delta, a, b, c, d, initial, reset)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    before = jnp.zeros((batch, width, state), dtype) if initial is None else initial.astype(dtype)
+    if batch == 0 or length == 0:
+        return jnp.zeros_like(x), before
+    # Every body holds the state as [state, width]: the width fills vectors, lanes and threads.
+    operands = (x, delta, a.astype(dtype).T, b, c, d.astype(dtype), before.swapaxes(1, 2), reset)
+    one = length == 1 and impl in (None, "xla")  # a decoding step is one fused operation everywhere
+    y, final = xla.single(*operands) if one else _scan(impl, *operands)
+    return y, final.swapaxes(1, 2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(impl, x, delta, a, b, c, d, initial, reset):
+    return _scan_fwd(impl, x, delta, a, b, c, d, initial, reset)[0]
+
+
+def _bodies(name, x, delta, b, c):
+    """The bodies of the op's "forward" or "backward"."""
+    on_tpu, interpreted = tpu.unsupported(x, delta, b, c), partial(getattr(tpu, name), interpret=True)
+    return {
+        "xla": Body(getattr(xla, name)),
+        "pallas_gpu": Body(getattr(gpu, name), gpu.unsupported(x, delta, b, c)),
+        "pallas_tpu": Body(getattr(tpu, name), on_tpu),
+        "interpret": Body(interpreted, on_tpu),
+    }
+
+
+def _scan_fwd(impl, x, delta, a, b, c, d, initial, reset):
+    bodies = _bodies("forward", x, delta, b, c)
+    y, final, starts = dispatch("selective_scan", impl, bodies, x, delta, a, b, c, d, initial, reset)
+    return (y, final), (x, delta, a, b, c, d, reset, starts)
+
+
+def _scan_bwd(impl, saved, cotangents):
+    x, delta, _, b, c, *_ = saved
+    bodies = _bodies("backward", x, delta, b, c)
+    return *dispatch("selective_scan", impl, bodies, *saved, *cotangents), None
+
+
+_scan.defvjp(_scan_fwd, _scan_bwd)
 
 
 def state_space_dual(

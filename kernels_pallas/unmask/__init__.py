@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.dispatch import Body, dispatch
-from kernels_pallas.unmask import reference, xla
+from kernels_pallas.unmask import reference, tpu, xla
 
 LOG_ZERO = xla.LOG_ZERO
 
@@ -35,11 +35,40 @@ def masked_cross_entropy(
     The backward pass keeps the logits and one log-sum-exp per row; the log-softmax is never stored.
     Raises `kernels_pallas.dispatch.ImplError` for an `impl` that is not there.
     """
+    if impl == "reference":
+        return reference.masked_cross_entropy(logits, targets, exclude)
+    return _cross_entropy(impl, exclude, logits, targets)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cross_entropy(impl, exclude, logits, targets):
+    return _cross_entropy_fwd(impl, exclude, logits, targets)[0]
+
+
+def _cross_entropy_fwd(impl, exclude, logits, targets):
+    options = {"exclude": exclude, "group": group_size(logits.shape[-1])}
+    on_tpu = tpu.unsupported(logits)
     bodies = {
-        "reference": Body(partial(reference.masked_cross_entropy, exclude=exclude)),
-        "xla": Body(partial(xla.masked_cross_entropy, exclude=exclude)),
+        "xla": Body(partial(xla.cross_entropy, exclude=exclude)),
+        "pallas_tpu": Body(partial(tpu.cross_entropy, **options), on_tpu),
+        "interpret": Body(partial(tpu.cross_entropy, interpret=True, **options), on_tpu),
     }
-    return dispatch("masked_cross_entropy", impl, bodies, logits, targets)
+    nll, lse = dispatch("masked_cross_entropy", impl, bodies, logits, targets)
+    return nll, (logits, targets, lse)
+
+
+def _cross_entropy_bwd(impl, exclude, saved, cotangent):
+    logits = saved[0]
+    on_tpu = tpu.unsupported(logits)
+    bodies = {
+        "xla": Body(partial(xla.cross_entropy_backward, exclude=exclude)),
+        "pallas_tpu": Body(partial(tpu.cross_entropy_backward, exclude=exclude), on_tpu),
+        "interpret": Body(partial(tpu.cross_entropy_backward, exclude=exclude, interpret=True), on_tpu),
+    }
+    return dispatch("masked_cross_entropy", impl, bodies, *saved, cotangent), None
+
+
+_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
 def group_size(vocabulary: int) -> int:
@@ -81,8 +110,11 @@ def unmask(
     if noise is None and temperature != 0:
         raise ValueError(f"unmask: temperature {temperature} needs noise (draw_noise)")
     options = {"temperature": temperature, "group": group_size(logits.shape[-1])}
+    on_tpu = tpu.unsupported(logits)
     bodies = {
         "reference": Body(partial(reference.unmask, **options)),
         "xla": Body(partial(xla.unmask, **options)),
+        "pallas_tpu": Body(partial(tpu.unmask, **options), on_tpu),
+        "interpret": Body(partial(tpu.unmask, interpret=True, **options), on_tpu),
     }
     return Unmasked(*dispatch("unmask", impl, bodies, logits, noise, floor))

@@ -1,12 +1,16 @@
 """The unmask ops in plain XLA: the product path on CPU and Metal, and the fallback elsewhere."""
 
-from functools import partial
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 # Stands for log 0: finite, so that differences and products of it never make a NaN.
 LOG_ZERO = -1e30
+# Numbers that `unmask` looks at together. XLA:CPU writes the exponentials of a sum out: this many stay in its cache,
+# all of them would be copies of the logits.
+BLOCK = 1 << 18
 
 
 def _at_least_float32(logits):
@@ -26,24 +30,25 @@ def _valid(targets, vocabulary, exclude):
     return (targets >= 0) & (targets < vocabulary) & (targets != exclude)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def masked_cross_entropy(logits, targets, exclude):
-    """See `kernels_pallas.unmask.masked_cross_entropy`."""
-    return _forward(logits, targets, exclude)[0]
+def cross_entropy(logits, targets, exclude):
+    """The loss of each row and, for `cross_entropy_backward`, its log-sum-exp."""
+    return loss(logits, targets, _log_sum_exp(logits, exclude), exclude)
 
 
-def _forward(logits, targets, exclude):
-    lse = _log_sum_exp(logits, exclude)
+def loss(logits, targets, lse, exclude):
     valid = _valid(targets, logits.shape[-1], exclude)
     picked = _entry(logits, jnp.where(valid, targets, 0))
-    return jnp.where(valid, lse - picked, 0.0), (logits, targets, lse)
+    return jnp.where(valid, lse - picked, 0.0), lse
 
 
 def _entry(logits, index):
     # As bits: to pick from bfloat16, XLA:CPU widens all of it first, and writes that out for every other reader too.
-    bits = jax.lax.bitcast_convert_type(logits, f"uint{8 * logits.dtype.itemsize}")
-    one = jnp.take_along_axis(bits, index[..., None], axis=-1)[..., 0]
+    one = jnp.take_along_axis(_bits(logits), index[..., None], axis=-1)[..., 0]
     return _at_least_float32(jax.lax.bitcast_convert_type(one, logits.dtype))
+
+
+def _bits(logits):
+    return jax.lax.bitcast_convert_type(logits, f"uint{8 * logits.dtype.itemsize}")
 
 
 def _log_sum_exp(logits, exclude):
@@ -65,48 +70,125 @@ def _log_sum_exp(logits, exclude):
     return jax.lax.cond(jnp.all(2.0 * out < total), lambda: peak + jnp.log(total - out), overwritten)
 
 
-def _backward(exclude, saved, cotangent):
-    logits, targets, lse = saved
+def cross_entropy_backward(logits, targets, lse, cotangent, exclude):
+    """The gradient of the logits: one pass that reads them and writes it, on every device."""
     x = _without(logits, exclude)
     hot = _iota(x) == targets[..., None]
     gradient = (jnp.exp(x - lse[..., None]) - hot) * cotangent[..., None]
     # `where`, not a zero factor: a row without a target may hold anything, and 0 * inf is NaN.
-    gradient = jnp.where(_valid(targets, x.shape[-1], exclude)[..., None], gradient, 0.0)
-    return gradient.astype(logits.dtype), None
+    return jnp.where(_valid(targets, x.shape[-1], exclude)[..., None], gradient, 0.0).astype(logits.dtype)
 
 
-masked_cross_entropy.defvjp(_forward, _backward)
+def counted(targets, vocabulary, exclude):
+    """The targets, with -1 for every one that costs nothing."""
+    return jnp.where(_valid(targets, vocabulary, exclude), targets, -1).astype(jnp.int32)
+
+
+class Groups(NamedTuple):
+    """What one pass over the vocabulary leaves behind, a number for each group of tokens: [*rows, groups]."""
+
+    peak: jax.Array  # the largest logit
+    total: jax.Array  # sum of exp(x - peak)
+    spread: jax.Array  # sum of exp(x - peak) (x - peak)
+    drawn: jax.Array | None  # sum of exp((x - peak) / temperature) over what may be drawn; None: `total`
+
+
+def groups(logits, floor, temperature, group) -> Groups:
+    """The pass of `unmask` over the vocabulary, in XLA. `floor` is None or [*rows]."""
+    shape, vocabulary = logits.shape[:-1], logits.shape[-1]
+    rows = math.prod(shape)
+    together = max(1, BLOCK // vocabulary)
+    if jax.default_backend() != "cpu" or rows <= together:
+        return _groups_of(logits, floor, temperature, group)
+    # As bits: XLA:CPU would widen all of the bfloat16 logits before the loop.
+    flat = _bits(logits).reshape(rows, vocabulary)
+    floors = None if floor is None else floor.reshape(rows)
+
+    def block(i, found):
+        start = jnp.minimum(i * together, rows - together)  # the last block may take up rows of the one before it
+        part, floor = (x if x is None else jax.lax.dynamic_slice_in_dim(x, start, together) for x in (flat, floors))
+        one = _groups_of(jax.lax.bitcast_convert_type(part, logits.dtype), floor, temperature, group)
+        return jax.tree.map(lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new, start, 0), found, one)
+
+    found = jax.eval_shape(lambda: _groups_of(logits, floor, temperature, group))
+    empty = jax.tree.map(lambda x: jnp.zeros((rows, x.shape[-1]), x.dtype), found)
+    found = jax.lax.fori_loop(0, -(-rows // together), block, empty)
+    return jax.tree.map(lambda x: x.reshape(*shape, -1), found)
+
+
+def _groups_of(logits, floor, temperature, group) -> Groups:
+    whole = logits.shape[-1] // group * group
+    # The last, shorter group apart: padding would copy the logits.
+    parts = [logits[..., :whole].reshape(*logits.shape[:-1], whole // group, group), logits[..., None, whole:]]
+    found = [_group_part(part, floor, temperature) for part in parts if part.shape[-1] and part.shape[-2]]
+    return Groups(*(None if one[0] is None else jnp.concatenate(one, axis=-1) for one in zip(*found)))
+
+
+def log_sum_exp_of(found: Groups):
+    """Of whole rows."""
+    peak = jnp.max(found.peak, axis=-1)
+    return peak + jnp.log(jnp.sum(found.total * jnp.exp(found.peak - peak[..., None]), axis=-1))
+
+
+def _group_part(x, floor, temperature):
+    # The peak in the dtype of the logits: see `_log_sum_exp`.
+    peak = jnp.maximum(_at_least_float32(jnp.max(x, axis=-1)), LOG_ZERO)
+    wide = _at_least_float32(x)
+    below = jnp.maximum(wide, LOG_ZERO) - peak[..., None]
+    weight = jnp.exp(below)
+    # Below -200 the weight is 0 in float32; the clip keeps 0 times LOG_ZERO out of the sum.
+    spread = jnp.sum(weight * jnp.maximum(below, -200.0), axis=-1)
+    drawn = None
+    if temperature != 0 and (temperature != 1 or floor is not None):
+        drawn = weight if temperature == 1 else jnp.exp(below / temperature)
+        drawn = drawn if floor is None else jnp.where(wide >= floor[..., None, None], drawn, 0.0)
+        drawn = jnp.sum(drawn, axis=-1)
+    return peak, jnp.sum(weight, axis=-1), spread, drawn
 
 
 def unmask(logits, noise, floor, temperature, group):
     """Token, log-probability, confidence, entropy and margin; see `kernels_pallas.unmask.unmask`."""
-    x = jnp.maximum(_at_least_float32(logits), LOG_ZERO)
-    peak, best = jnp.max(x, axis=-1), jnp.argmax(x, axis=-1).astype(jnp.int32)
-    below = x - peak[..., None]
-    weight = jnp.exp(below)
-    total = jnp.sum(weight, axis=-1)
+    return finish(groups(logits, floor, temperature, group), logits, noise, floor, temperature, group)
+
+
+def finish(found: Groups, logits, noise, floor, temperature, group):
+    """From groups to rows. It reads again two groups of each row: that of the likeliest token, and the drawn one."""
+    peak, likeliest = jnp.max(found.peak, axis=-1), _first_largest(found.peak)
+    below = found.peak - peak[..., None]
+    scale = jnp.exp(below)
+    total = jnp.sum(found.total * scale, axis=-1)
     lse = peak + jnp.log(total)
-    # Below -200 the weight is 0 in float32; the clip keeps 0 times LOG_ZERO out of the sum.
-    entropy = jnp.log(total) - jnp.sum(weight * jnp.maximum(below, -200.0), axis=-1) / total
-    second = jnp.max(jnp.where(_iota(x) == best[..., None], LOG_ZERO, x), axis=-1)
+    spread = jnp.sum(scale * (found.spread + jnp.maximum(below, -200.0) * found.total), axis=-1)
+    entropy = jnp.log(total) - spread / total
+    inside = _group_at(logits, likeliest, group)
+    best = _first_largest(inside)
+    others = jnp.max(jnp.where(_iota(below) == likeliest[..., None], LOG_ZERO, found.peak), axis=-1)
+    second = jnp.maximum(others, jnp.max(jnp.where(_iota(inside) == best[..., None], LOG_ZERO, inside), axis=-1))
     confidence = jnp.exp(peak - lse)
     margin = confidence - jnp.exp(second - lse)
-    token = best if temperature == 0 else _draw(x, noise, floor, temperature, group)
-    log_prob = jnp.take_along_axis(x, token[..., None], axis=-1)[..., 0] - lse
-    return token, log_prob, confidence, entropy, margin
-
-
-def _draw(x, noise, floor, temperature, group):
-    """A group of the vocabulary by its total mass, then a token inside it, each by Gumbel-max: the same law as one draw
-    over the whole vocabulary, at about 2 sqrt(V) random numbers in place of V."""
-    y = x / temperature
+    if temperature == 0:
+        return likeliest * group + best, peak - lse, confidence, entropy, margin
+    # A group of the vocabulary by its total mass, then a token inside it, each by Gumbel-max: the same law as one draw
+    # over the whole vocabulary, at about 2 sqrt(V) random numbers in place of V.
+    mass = found.total if found.drawn is None else found.drawn
+    mass = jnp.where(mass == 0, LOG_ZERO, below / temperature + jnp.log(mass))
+    chosen = _first_largest(mass + noise[..., : mass.shape[-1]])
+    inside = _group_at(logits, chosen, group)
+    y = (inside - peak[..., None]) / temperature
     if floor is not None:
-        y = jnp.where(x >= floor[..., None], y, LOG_ZERO)
-    groups = -(-x.shape[-1] // group)
-    padding = [(0, 0)] * (x.ndim - 1) + [(0, groups * group - x.shape[-1])]
-    y = jnp.pad(y, padding, constant_values=LOG_ZERO).reshape(*x.shape[:-1], groups, group)
-    peak = jnp.max(y, axis=-1)
-    mass = peak + jnp.log(jnp.sum(jnp.exp(y - peak[..., None]), axis=-1))
-    chosen = jnp.argmax(mass + noise[..., :groups], axis=-1).astype(jnp.int32)
-    inside = jnp.take_along_axis(y, chosen[..., None, None], axis=-2)[..., 0, :]
-    return chosen * group + jnp.argmax(inside + noise[..., groups:], axis=-1).astype(jnp.int32)
+        y = jnp.where(inside >= floor[..., None], y, LOG_ZERO)
+    token = _first_largest(y + noise[..., mass.shape[-1] :])
+    log_prob = jnp.take_along_axis(inside, token[..., None], axis=-1)[..., 0] - lse
+    return chosen * group + token, log_prob, confidence, entropy, margin
+
+
+def _first_largest(x):
+    return jnp.argmax(x, axis=-1).astype(jnp.int32)
+
+
+def _group_at(logits, index, group):
+    """One group of each row, [*rows, group], with `LOG_ZERO` past the end of the vocabulary."""
+    token = index[..., None] * group + jnp.arange(group, dtype=jnp.int32).reshape((1,) * index.ndim + (group,))
+    taken = jnp.take_along_axis(_bits(logits), jnp.minimum(token, logits.shape[-1] - 1), axis=-1)  # see `_entry`
+    taken = _at_least_float32(jax.lax.bitcast_convert_type(taken, logits.dtype))
+    return jnp.where(token < logits.shape[-1], jnp.maximum(taken, LOG_ZERO), LOG_ZERO)

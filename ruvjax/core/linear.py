@@ -11,7 +11,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.layout import contract, row_major_transpose
+from kernels_pallas.layout import contract, contract_leading
 
 
 @jax.custom_vjp
@@ -34,7 +34,7 @@ def _linear_bwd(saved, dy):
     flat = x.reshape(-1, x.shape[-1])
     dy = lax.optimization_barrier(dy.reshape(-1, dy.shape[-1]))
     dx = contract(dy, w.astype(dy.dtype), 1, 1).astype(x.dtype)
-    dw = contract(row_major_transpose(flat), dy, 1, 0).astype(w.dtype)
+    dw = contract_leading(flat, dy).astype(w.dtype)
     return dx.reshape(x.shape), dw
 
 
@@ -61,7 +61,7 @@ def _readout_bwd(saved, dlogits):
     flat = hidden.reshape(-1, hidden.shape[-1])
     dlogits = lax.optimization_barrier(dlogits.reshape(-1, dlogits.shape[-1]).astype(hidden.dtype))
     dhidden = contract(dlogits, table.astype(hidden.dtype), 1, 0).astype(hidden.dtype)
-    dtable = contract(row_major_transpose(dlogits), flat, 1, 0).astype(table.dtype)
+    dtable = contract_leading(dlogits, flat).astype(table.dtype)
     return dhidden.reshape(hidden.shape), dtable
 
 

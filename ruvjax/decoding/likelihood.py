@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.unmask import masked_cross_entropy
@@ -28,6 +29,10 @@ class Batch(Protocol):
     tokens: jax.Array  # int32 [batch, length]
     segments: jax.Array  # int32 [batch, length]
     fixed: jax.Array  # bool [batch, length]
+
+
+# Above this many logits (128 MB in float32) the head is run in parts, and again for the gradient: rows may be long.
+LOGITS_AT_ONCE = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,19 @@ def _nll(
     mask_id: int,
 ) -> Float[Array, "batch length"]:
     hidden = encode(params, shift_right(tokens, segments, start_id), segments)
-    logits = project(params, hidden.reshape(-1, hidden.shape[-1]))
+    flat = hidden.reshape(-1, hidden.shape[-1])
     targets = jnp.where(counted, tokens, -1).reshape(-1)  # a negative target costs 0
-    return masked_cross_entropy(logits, targets, mask_id).reshape(tokens.shape)
+
+    def cost(rows, targets):
+        return masked_cross_entropy(project(params, rows), targets, mask_id)
+
+    size = max(1, LOGITS_AT_ONCE // jax.eval_shape(project, params, flat).shape[-1])
+    if len(targets) <= size:
+        return cost(flat, targets).reshape(tokens.shape)
+    extra = -len(targets) % size
+    flat, targets = jnp.pad(flat, ((0, extra), (0, 0))), jnp.pad(targets, (0, extra), constant_values=-1)
+    parts = flat.reshape(-1, size, flat.shape[-1]), targets.reshape(-1, size)
+    each = lax.map(
+        jax.checkpoint(lambda part: cost(*part)), parts
+    )  # or the scan would keep all logits for the gradient
+    return each.reshape(-1)[: tokens.size].reshape(tokens.shape)

@@ -2,7 +2,7 @@
 
 One small network f improves two latents by turns: z <- f(z + y + x), n times, then y <- f(y + z); T such cycles make
 one supervision step, and only the last cycle carries gradient. y is read out as the answer, z is scratch space, x the
-embedded question. Steps follow each other through the detached `Latent`; `trm_loss` trains and `solve` runs them.
+embedded question. Steps follow each other through the detached `Latent`; `trm_loss` trains and `trm_solve` runs them.
 """
 
 import functools
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from kernels_pallas.attention import Mask, attention
 from ruvjax.core.linear import embed, linear, readout
@@ -94,7 +94,9 @@ class TinyRecursive:
     Beyond the paper, for answers that are mostly the question: marks, the kinds of mark that a cell of the question may
     carry (its input is token + vocab_size * mark, mark 0 is none); copy, how far to the left and right in its row a
     cell may copy the question's token from (-1: no copying): a gate for each such cell is added to the logit of the
-    token that stands there (a pointer into the input, as in Gu et al. 2016).
+    token that stands there (a pointer into the input, as in Gu et al. 2016). begin: the token that begins a puzzle on
+    boards that hold several one after another ("attention" without a prefix; 0: a board is one puzzle): cells attend
+    inside their puzzle, and cells of token 0 not at all.
     """
 
     vocab_size: int = 11
@@ -120,19 +122,12 @@ class TinyRecursive:
     remat: bool = False
     marks: int = 1
     copy: int = -1
+    begin: int = 0
 
     def __post_init__(self):
         least = {"vocab_size": 2, "length": 1, "width": 1, "heads": 1, "layers": 1, "mlp_width": 1, "cycles": 1}
-        least |= {
-            "updates": 1,
-            "rows": 0,
-            "columns": 0,
-            "puzzles": 0,
-            "prefix": 0,
-            "mix_width": 0,
-            "marks": 1,
-            "copy": -1,
-        }
+        least |= {"updates": 1, "rows": 0, "columns": 0, "puzzles": 0, "prefix": 0, "mix_width": 0}
+        least |= {"marks": 1, "copy": -1, "begin": 0}
         for name, low in least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
@@ -158,6 +153,11 @@ class TinyRecursive:
             raise ConfigError(f"model.width={self.width} must be model.heads={self.heads} times an even number")
         if self.copy >= 0 and self.rows * self.columns != self.length:
             raise ConfigError(f"model.copy={self.copy} needs rows: model.rows x model.columns is not {self.length}")
+        if self.begin and (self.mixer != "attention" or self.prefix):
+            raise ConfigError(
+                f"model.begin={self.begin} with model.mixer={self.mixer}, model.prefix={self.prefix}",
+                "boards of several puzzles want model.mixer=attention and model.prefix=0",
+            )
         if self.mixer == "axial" and (self.rows * self.columns != self.length or self.prefix % self.columns):
             raise ConfigError(
                 f"model.rows={self.rows} x model.columns={self.columns} is not model.length={self.length}, or "
@@ -241,7 +241,7 @@ class TinyRecursive:
             raise ConfigError("model.mixer=mlp has no way to leave cells out", "attention or axial")
         question = self._question(params, inputs, puzzle)
         answer, scratch = (self._inward(x) for x in (latent.answer, latent.scratch))
-        network = functools.partial(self._network, mixing=self._mixing(mask, impl))
+        network = functools.partial(self._network, mixing=self._mixing(self._segments(inputs, mask), impl))
         if self.cycles > 1:
             frozen, still = lax.stop_gradient((params.layers, question))
             start = lax.stop_gradient((answer, scratch))
@@ -270,9 +270,17 @@ class TinyRecursive:
         """Add each cell's gates to the logits of the tokens that stand up to `copy` cells beside it in the question."""
         batch, reach = inputs.shape[0], self.copy
         grid = (inputs % self.vocab_size).reshape(batch, self.rows, self.columns)
-        padded = jnp.pad(grid, ((0, 0), (0, 0), (reach, reach)))
-        near = [padded[:, :, offset : offset + self.columns] for offset in range(2 * reach + 1)]
-        tokens = jnp.stack(near, axis=-1).reshape(-1)
+
+        def beside(x: jax.Array) -> jax.Array:
+            padded = jnp.pad(x, ((0, 0), (0, 0), (reach, reach)))
+            return jnp.stack([padded[:, :, offset : offset + self.columns] for offset in range(2 * reach + 1)], axis=-1)
+
+        tokens = beside(grid)
+        parts = self._segments(inputs, None)
+        if parts is not None:  # what is of another puzzle counts as outside
+            own = parts.reshape(grid.shape)
+            tokens = jnp.where(beside(own) == own[..., None], tokens, 0)
+        tokens = tokens.reshape(-1)
         gates = gates.astype(logits.dtype).at[..., reach].add(here)
         rows = jnp.repeat(jnp.arange(batch * self.length), 2 * reach + 1)
         flat = logits.reshape(batch * self.length, -1).at[rows, tokens].add(gates.reshape(-1))
@@ -325,15 +333,23 @@ class TinyRecursive:
         gate, up = jnp.split(x, 2, axis=axis)
         return jax.nn.silu(gate) * up
 
-    def _mixing(self, mask: jax.Array | None, impl: str | None):
+    def _segments(self, inputs: jax.Array, mask: jax.Array | None) -> jax.Array | None:
+        """Which puzzle every position belongs to, 0 for none; None where all are of one."""
+        parts = None if mask is None else mask.astype(jnp.int32)
+        if self.begin:
+            tokens = inputs % self.vocab_size
+            number = jnp.cumsum((tokens == self.begin).astype(jnp.int32), axis=1) * (tokens > 0)
+            parts = number if parts is None else number * parts
+        if parts is None:
+            return None
+        front = jnp.ones((inputs.shape[0], self.prefix), jnp.int32)
+        return jnp.concatenate([front, parts], axis=1)
+
+    def _mixing(self, segments: jax.Array | None, impl: str | None):
         """`(x, weights) -> x` after the exchange between positions and its norm."""
         if self.mixer == "mlp":
             # The norm is over positions here, as published: the state stands transposed while they are mixed.
             return lambda x, w: rms(x + mix(self._gate(mix(x, w.mix_up), 0), w.mix_down), 0, self.norm_eps)
-        segments = None
-        if mask is not None:
-            front = jnp.ones((mask.shape[0], self.prefix), jnp.int32)
-            segments = jnp.concatenate([front, mask.astype(jnp.int32)], axis=1)
         if self.mixer == "attention":
             turn = self._rotation(self.positions)
             return lambda x, w: self._attend(x, w.qkv, w.o, Mask(segments=segments), turn, impl)
@@ -375,25 +391,3 @@ def unstack(layers: Layer, count: int) -> list[Layer]:
     leaves, treedef = jax.tree.flatten(layers)
     parts = [lax.split(w, (1,) * count) for w in leaves]
     return [cast(Layer, treedef.unflatten([part[i][0] for part in parts])) for i in range(count)]
-
-
-@functools.partial(jax.jit, static_argnames=("model", "steps", "impl"))
-def solve(
-    model: TinyRecursive,
-    params: TinyRecursiveParams,
-    inputs: Int[Array, "batch length"],
-    puzzle: Int[Array, "batch"] | None = None,
-    mask: Bool[Array, "batch length"] | None = None,
-    *,
-    steps: int = 16,
-    impl: str | None = None,
-) -> tuple[Int[Array, "steps batch length"], Float[Array, "steps batch"]]:
-    """The answer and the halting logit after each of `steps` supervision steps; nobody halts, as in the paper's
-    evaluation. A row's answer depends on that row alone."""
-
-    def step(latent: Latent, _: None) -> tuple[Latent, tuple[jax.Array, jax.Array]]:
-        output, latent = model.apply(params, inputs, latent, puzzle=puzzle, mask=mask, impl=impl)
-        assert output.logits is not None
-        return latent, (jnp.argmax(output.logits, axis=-1).astype(jnp.int32), output.aux["halt"])
-
-    return lax.scan(step, model.init_latent(params, inputs.shape[0]), length=steps)[1]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import struct
 
+from ruvjax.decoding import likelihood
 from ruvjax.decoding.likelihood import NextToken, nll, objective, shift_right
 from ruvjax.errors import ConfigError
 
@@ -60,6 +61,20 @@ def test_loss_and_likelihood_are_the_plain_sums(conditional):
     if conditional:
         found = nll(encode, project, params, batch, start_id=START)
         np.testing.assert_allclose(found, total, rtol=1e-5)
+
+
+def test_a_head_run_in_parts_changes_neither_loss_nor_gradient(monkeypatch):
+    params, batch = jnp.asarray(np.random.default_rng(1).normal(size=(VOCAB, VOCAB)), jnp.float32), rows()
+    run = objective(NextToken(), encode, project, start_id=START)
+
+    def loss(params):
+        return run(params, None, batch, jax.random.key(0))[0]
+
+    whole = jax.value_and_grad(loss)(params)
+    monkeypatch.setattr(likelihood, "LOGITS_AT_ONCE", 4 * VOCAB)  # parts of 4 tokens; 21 tokens are no whole number
+    parts = jax.value_and_grad(loss)(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), parts, whole)
+    assert "scan" in str(jax.make_jaxpr(loss)(params))
 
 
 def test_shift_right_starts_each_document_anew():

@@ -61,7 +61,7 @@ def trained(workplace) -> Path:
 def test_training_leaves_everything(trained):
     metrics = json.loads((trained / "summary.json").read_text())["metrics"]
     assert metrics["pairs"] == 12 and metrics["steps"] == 3 and len(metrics["params_sha256"]) == 64
-    assert set(metrics["scores"]) == {"model", "copy", "heuristic"}
+    assert set(metrics["scores"]) == {"model", "no search", "copy", "heuristic"}
     assert metrics["scores"]["copy"]["all"]["exact"]["count"] == 0
     for name in ("model.safetensors", "config.json", "codec.json"):
         assert (trained / "model" / name).is_file()

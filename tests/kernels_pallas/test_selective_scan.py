@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.dispatch import ImplError
-from kernels_pallas.selective_scan import selective_scan, ssd, state_space_dual, xla
+from kernels_pallas.selective_scan import chunk, selective_scan, ssd, state_space_dual
 
 WIDTH, STATE, HEADS, DIM, GROUPS = 6, 3, 4, 2, 2
 
@@ -70,13 +70,11 @@ def gradients(op, inputs, reset, weights, impl):
     return jax.grad(loss, argnums=tuple(range(7)))(*inputs)
 
 
-@pytest.fixture(params=["one chunk at a time", "chunks together"])
-def cut(request, monkeypatch):
-    """Small chunks, so that short rows cross many of their borders, in both ways of running them."""
-    monkeypatch.setattr(xla, "CHUNK", 4)
+@pytest.fixture
+def cut(monkeypatch):
+    """Small chunks, so that short rows cross many of their borders."""
+    monkeypatch.setattr(chunk, "CHUNK", 4)
     monkeypatch.setattr(ssd, "CHUNK", 4)
-    together = 1 if request.param.startswith("one") else 3
-    monkeypatch.setattr(xla, "PARALLEL", together * 2 * WIDTH * STATE)
     jax.clear_caches()
     yield
     jax.clear_caches()

@@ -17,8 +17,9 @@ from ruvjax.core.norm import rms
 from ruvjax.core.params import count, init
 from ruvjax.errors import ConfigError, InputError
 from ruvjax.io.trm import from_official, load_trm, save_trm, to_official
-from ruvjax.models.trm import TinyRecursive, solve
+from ruvjax.models.trm import TinyRecursive
 from ruvjax.models.trm_loss import TrmLoss, halting, init_carry, objective, refill
+from ruvjax.models.trm_solve import solve
 from ruvjax.training.objective import gradient_of
 from ruvjax.training.optimizer import OptimizerConfig, build_optimizer, learning_rate
 from ruvjax.training.state import init_state
@@ -394,6 +395,8 @@ def test_a_damaged_export_is_one_clear_line(tmp_path):
         ({"mixer": "axial", "rows": 3}, r"model\.rows=3"),
         ({"mixer": "attention", "heads": 3}, r"model\.heads=3"),
         ({"dtype": "int8"}, r"model\.dtype='int8'"),
+        ({"mixer": "attention", "begin": 5}, r"model\.begin=5 with model\.mixer=attention, model\.prefix=3"),
+        ({"begin": 5, "puzzles": 0, "prefix": 0}, r"model\.begin=5 with model\.mixer=mlp"),
     ],
 )
 def test_wrong_values_are_named(wrong, named):

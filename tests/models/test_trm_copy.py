@@ -11,6 +11,7 @@ from ruvjax.core.params import init
 from ruvjax.errors import ConfigError
 from ruvjax.models.trm import COPY_BIAS, TinyRecursive
 from ruvjax.models.trm_loss import TrmLoss, supervise
+from ruvjax.models.trm_solve import final_logits, solve
 
 PLAIN = TinyRecursive(
     vocab_size=7, length=12, rows=3, columns=4, puzzles=0, prefix=0, width=16, heads=2, layers=1, mlp_width=32,
@@ -88,3 +89,34 @@ def test_errors():
         TinyRecursive(copy=1, rows=2, columns=3)
     with pytest.raises(ConfigError, match="changed"):
         TrmLoss(changed=0.0)
+
+
+SEVERAL = dataclasses.replace(COPYING, mixer="attention", rows=1, columns=12, begin=6, cycles=2)
+
+
+def test_puzzles_of_one_board_do_not_see_each_other():
+    params = init(SEVERAL, jax.random.key(0))
+    gate = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)
+    params = params.replace(copy=params.copy.replace(gate=gate))
+    one, two = [6, 1, 2, 3, 4], [6, 5 + 7, 4, 1, 1]  # a marked token in the second
+    board = jnp.array([[*one, *two, 0, 0], [*two, *one, 0, 0], [*two, 0, 0, *two]])
+    logits = run(SEVERAL, params, board)
+    np.testing.assert_allclose(logits[0, :5], logits[1, 5:10], atol=1e-4)
+    np.testing.assert_allclose(logits[0, 5:10], logits[1, :5], atol=1e-4)
+    np.testing.assert_allclose(logits[0, 5:10], logits[2, 7:], atol=1e-4)
+    # the negative control: as one puzzle they do see each other
+    whole = run(dataclasses.replace(SEVERAL, begin=0), params, board)
+    assert jnp.abs(whole[0, :5] - whole[1, 5:10]).max() > 1e-2
+
+
+def test_the_last_logits_are_those_of_the_last_step():
+    params = init(SEVERAL, jax.random.key(0))
+    inputs = jnp.asarray(np.random.default_rng(1).integers(1, 7, (2, 12)), jnp.int32)
+    answers, _ = solve(SEVERAL, params, inputs, steps=3)
+    for steps in (1, 3):
+        latent = SEVERAL.init_latent(params, 2)
+        for _ in range(steps):
+            output, latent = SEVERAL.apply(params, inputs, latent)
+        found = final_logits(SEVERAL, params, inputs, steps=steps)
+        np.testing.assert_allclose(found, output.logits, atol=1e-4)
+        np.testing.assert_array_equal(jnp.argmax(found, -1), answers[steps - 1])
