@@ -69,7 +69,7 @@ def _half(steps: Floats, exponent: NDArray) -> Floats:
     return np.ldexp(np.where(np.isfinite(stored), stored, np.float16(65504)).astype(np.float32), -exponent[:, None])
 
 
-def _divide(a: Floats, b: Floats) -> Floats:
+def _divide(a: Floats | np.float32, b: Floats) -> Floats:
     return np.divide(a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape), np.float32), where=b > 0)
 
 
