@@ -232,7 +232,7 @@ class _Header:
     def number(self, code: str, what: str) -> int:
         size = struct.calcsize(code)
         self.expect(1, size, what)
-        (value,) = struct.unpack_from(f"<{code}", self.data, self.at)
+        (value,) = struct.unpack_from(f"<{code}", self.data.data, self.at)
         self.at += size
         return value
 

@@ -139,7 +139,7 @@ def _scores(names: list[str], merges: list[tuple[str, str]]) -> np.ndarray:
 def _pattern(content: Mapping[str, Any]) -> str | None:
     """The pattern that splits text before merging, None where it is another one than a single split."""
     node = content.get("pre_tokenizer")
-    steps = node.get("pretokenizers") if isinstance(node, dict) and node.get("type") == "Sequence" else [node]
+    steps: Any = node.get("pretokenizers") if isinstance(node, dict) and node.get("type") == "Sequence" else [node]
     if not isinstance(steps, list) or not steps or not all(isinstance(step, dict) for step in steps):
         return None
     *splits, letters = steps

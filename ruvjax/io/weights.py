@@ -185,7 +185,7 @@ def read_params(
 
 
 def _leaf(tensors: list[_Stored], spec: ParamSpec, stacked: bool, dtype: np.dtype, sharding: Any) -> jax.Array:
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         index = tuple(slice(*entry.indices(size)) for entry, size in zip(index, spec.shape))
         if not stacked:
             return tensors[0].read(index).astype(dtype, copy=False)

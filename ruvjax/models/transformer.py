@@ -4,7 +4,7 @@ Causal or bidirectional is a value of `mask`, not a property of the model. Layer
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -205,7 +205,7 @@ class Transformer:
         dtype = compute_dtype(self.dtype)
         mask = Mask() if mask is None else mask
         if self.window:
-            mask = mask.replace(window=min(self.window, mask.window or self.window))
+            mask = replace(mask, window=min(self.window, mask.window or self.window))
         positions = default_positions(tokens) if positions is None else positions
         rotation = rotations(positions, self.dim_per_head, self.rope_theta, self.rope_scaling)
         x = embed(tokens, params.embedding).astype(dtype)
