@@ -2,13 +2,8 @@
 
 A kernel is never required. `unavailable` gives the reason why one cannot be had (no compiler, one that fails, no folder
 to write to, switched off by RUVJAX_NATIVE=0), and the op then runs its XLA form. Libraries are kept in
-<<<<<<< HEAD
 `$XDG_CACHE_HOME/ruvjax` (`~/.cache/ruvjax`) under a name that holds a digest of the sources, XLA's headers, the
 compiler and the processor: a folder that machines share never serves the wrong one.
-=======
-`$XDG_CACHE_HOME/ruvjax` (`~/.cache/ruvjax`) under a name that holds a digest of the sources, XLA's headers, the compiler
-and the processor: a folder that machines share never serves the wrong one.
->>>>>>> w-quant
 """
 
 import ctypes
@@ -32,7 +27,6 @@ _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-DNDEBUG", "-w")
 _TIMEOUT_S = 300
 # What `-march=native` depends on, as lines of /proc/cpuinfo.
-<<<<<<< HEAD
 _PROCESSOR = (
     "vendor_id",
     "cpu family",
@@ -43,9 +37,6 @@ _PROCESSOR = (
     "CPU part",
     "Features",
 )
-=======
-_PROCESSOR = ("vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU architecture", "CPU part", "Features")
->>>>>>> w-quant
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 
