@@ -119,6 +119,8 @@ class DiffusionConfig:
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    window: int = 0
+    shift: bool = False
     norm: str = "rms"
     mlp: str = "swiglu"
     time: str = "none"
@@ -177,6 +179,8 @@ class DiffusionConfig:
             tie_word_embeddings=network.tied_head,
             qkv_bias=network.qkv_bias,
             qk_norm=network.qk_norm,
+            window=network.window,
+            shift=network.shift,
             norm=network.norm,
             mlp=network.mlp,
             time=network.time,
@@ -217,6 +221,8 @@ class DiffusionConfig:
                 mlp=self.mlp,
                 qkv_bias=self.qkv_bias,
                 qk_norm=self.qk_norm,
+                window=self.window,
+                shift=self.shift,
                 tied_head=self.tie_word_embeddings,
                 time=self.time,
                 dtype=self.dtype,

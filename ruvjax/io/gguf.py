@@ -13,7 +13,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -232,7 +232,7 @@ class _Header:
     def number(self, code: str, what: str) -> int:
         size = struct.calcsize(code)
         self.expect(1, size, what)
-        (value,) = struct.unpack_from(f"<{code}", cast(Any, self.data), self.at)
+        (value,) = struct.unpack_from(f"<{code}", self.data.data, self.at)
         self.at += size
         return value
 

@@ -93,11 +93,11 @@ def load_gguf(
         model_type=architecture,
         weights="/".join(sorted(kinds)),
         causal=_entry(file, f"{architecture}.attention.causal", architecture in CAUSAL),
-        eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
         mask_token_id=tokens["mask_token_id"],
         bos_token_id=tokens["bos_token_id"],
         eos_token_id=tokens["eos_token_id"],
         pad_token_id=tokens["pad_token_id"],
+        eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
     )
     return model, treedef.unflatten(arrays), files
 

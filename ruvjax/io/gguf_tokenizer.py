@@ -139,13 +139,10 @@ def _scores(names: list[str], merges: list[tuple[str, str]]) -> np.ndarray:
 def _pattern(content: Mapping[str, Any]) -> str | None:
     """The pattern that splits text before merging, None where it is another one than a single split."""
     node = content.get("pre_tokenizer")
-    steps = node.get("pretokenizers") if isinstance(node, dict) and node.get("type") == "Sequence" else [node]
-    if not isinstance(steps, list):
+    steps: Any = node.get("pretokenizers") if isinstance(node, dict) and node.get("type") == "Sequence" else [node]
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, dict) for step in steps):
         return None
-    found = [step for step in steps if isinstance(step, dict)]
-    if not found or len(found) != len(steps):
-        return None
-    *splits, letters = found
+    *splits, letters = steps
     if letters.get("type") != "ByteLevel" or letters.get("add_prefix_space"):
         return None
     if not splits:

@@ -78,7 +78,7 @@ def write_gguf(path: str | os.PathLike[str], metadata: Mapping[str, Any], tensor
                 raise InputError(f"{path}: {tensor.name} cannot be written as {tensor.kind}: {error}") from error
             if data.nbytes != tensor.nbytes:
                 raise ValueError(f"{tensor.name}: {data.nbytes} bytes were announced as {tensor.nbytes}")
-            file.write(np.ascontiguousarray(data).view(np.uint8).data)
+            file.write(np.ascontiguousarray(data).data.cast("B"))
             file.write(bytes(_aligned(tensor.nbytes) - tensor.nbytes))
 
     return stream_atomic(path, write)

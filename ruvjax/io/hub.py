@@ -64,7 +64,7 @@ def download(
         folder = snapshot_download(
             model_id,
             revision=revision,
-            cache_dir=cache,
+            cache_dir=None if cache is None else Path(cache),
             token=token,
             allow_patterns=[file] if file else [*FILES, *WEIGHTS],
             ignore_patterns=None if file else list(PASSED_OVER),

@@ -5,6 +5,7 @@ leaf is filled layer by layer in its final dtype, and where it is sharded only t
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def _read_index(folder: Path) -> tuple[list[Path], dict[str, str]]:
     for name in mapping.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise InputError(f"{path}: {name!r} is not the name of a shard in this folder")
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # unlike Path.is_file, False for a name that is too long
             raise InputError(f"{folder / name}: this shard is missing", "download the folder again")
     return [folder / name for name in sorted(set(mapping.values()))], mapping
 
@@ -184,7 +185,7 @@ def read_params(
 
 
 def _leaf(tensors: list[_Stored], spec: ParamSpec, stacked: bool, dtype: np.dtype, sharding: Any) -> jax.Array:
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         index = tuple(slice(*entry.indices(size)) for entry, size in zip(index, spec.shape))
         if not stacked:
             return tensors[0].read(index).astype(dtype, copy=False)

@@ -5,6 +5,9 @@ import functools
 import itertools
 import json
 import os
+import resource
+import sys
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,7 @@ from ruvjax.core.params import ParamSpec, init
 from ruvjax.core.rope import RopeScaling
 from ruvjax.errors import InputError, NotYetError, RuvjaxError
 from ruvjax.io import huggingface, weights
-from ruvjax.io.huggingface import load_model, read_config, save_model
+from ruvjax.io.huggingface import load_model, read_config, save_model, save_pretrained
 from ruvjax.io.layout import read_transformer
 from ruvjax.io.transformer_layout import PLACES
 from ruvjax.models.transformer import Transformer
@@ -337,3 +340,67 @@ def test_a_shard_that_lacks_what_the_index_promises_is_named(tmp_path):
     first.write_bytes(second.read_bytes())
     with pytest.raises(RuvjaxError, match=first.name):
         load_model(folder)
+
+
+def accident(raw: bytes, rng) -> bytes:
+    """`raw` with one to three accidents: a byte, a bit, a cut, an insertion, a repeat."""
+    changed = bytearray(raw)
+    for _ in range(rng.integers(1, 4)):
+        at = int(rng.integers(0, len(changed))) if changed else 0
+        kind = rng.integers(0, 5)
+        if kind == 0 and changed:
+            changed[at] = rng.integers(0, 256)
+        elif kind == 1 and changed:
+            changed[at] ^= 1 << int(rng.integers(0, 8))
+        elif kind == 2:
+            del changed[at : at + int(rng.integers(1, 40))]
+        elif kind == 3:
+            changed[at:at] = rng.choice([b"9", b"-", b"null", b"[]", b"{}", b"1e999", b'"', b"\0", b"9" * 400])
+        else:
+            changed[at:at] = changed[max(0, at - 30) : at]
+    return bytes(changed)
+
+
+def peak_bytes():
+    """The most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def fuzz(count, folder, seed):
+    """How many damaged folders load; anything but InputError fails, and so does memory beyond the files' size.
+
+    Python's allocations are traced for the first few, which makes them slow; the process's peak covers the rest.
+    """
+    own = dataclasses.replace(TINY, layers=1)
+    published = dataclasses.replace(own, kv_heads=1, qkv_bias=True, rope_scaling=RopeScaling("yarn", 2.0, 16))
+    save_pretrained(folder / "p", published, drawn(published), eos_token_id=3, max_shard_bytes=900)
+    save_model(folder / "o", own, drawn(own), mask_token_id=1, diffusion=DIFFUSION)
+    whole = {path: path.read_bytes() for path in [*(folder / "p").iterdir(), *(folder / "o").iterdir()]}
+    rng, loaded, names = np.random.default_rng(seed), 0, sorted(whole)
+    load_model(folder / "p")
+    peak = peak_bytes()
+    for i in range(count):
+        path = names[rng.integers(0, len(names))]
+        path.write_bytes(accident(whole[path], rng))
+        if i < 60:
+            tracemalloc.start()
+        try:
+            load_model(path.parent)
+            loaded += 1
+        except (InputError, NotYetError) as error:
+            assert "\n" not in error.line()
+        if i < 60:
+            assert tracemalloc.get_traced_memory()[1] < 3_000_000
+            tracemalloc.stop()
+        path.write_bytes(whole[path])
+    assert peak_bytes() - peak < 100_000_000
+    return loaded
+
+
+def test_some_hundred_damaged_folders_do_no_harm(tmp_path):
+    assert 10 < fuzz(200, tmp_path, seed=0) < 190
+
+
+@pytest.mark.slow
+def test_ten_thousand_damaged_folders_do_no_harm(tmp_path):
+    assert fuzz(10_000, tmp_path, seed=1) > 100

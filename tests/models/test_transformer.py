@@ -20,6 +20,7 @@ VARIANTS = {
     "sinusoidal": dataclasses.replace(TINY, time="sinusoidal"),
     "mdlm": dataclasses.replace(TINY, time="adaln", norm="layer", mlp="gelu", kv_heads=0),
     "yarn": dataclasses.replace(TINY, rope_scaling=RopeScaling("yarn", 4.0, 32)),
+    "dream": dataclasses.replace(TINY, qkv_bias=True, shift=True, window=4),
 }
 
 
@@ -88,6 +89,44 @@ def test_padding_changes_nothing():
     np.testing.assert_allclose(padded[1, :6], TINY.apply(params, x[1:, :6]).logits[0], atol=1e-5)
 
 
+def test_a_window_of_the_model_is_one_of_the_mask_and_the_narrower_counts():
+    params, x = noisy(TINY), tokens()
+    windowed = dataclasses.replace(TINY, window=4)
+    expected = TINY.apply(params, x, mask=Mask(causal=True, window=4)).logits
+    assert np.abs(expected - TINY.apply(params, x, mask=Mask(causal=True)).logits).max() > 1e-4
+    for given in (0, 4, 9):
+        found = windowed.apply(params, x, mask=Mask(causal=True, window=given)).logits
+        np.testing.assert_array_equal(found, expected)
+    narrow = windowed.apply(params, x, mask=Mask(window=2)).logits
+    np.testing.assert_array_equal(narrow, TINY.apply(params, x, mask=Mask(window=2)).logits)
+
+
+def test_shifted_logits_are_those_of_the_position_before():
+    params, x = noisy(TINY), tokens(1, 10)
+    shifted = dataclasses.replace(TINY, shift=True)
+    plain, found = TINY.apply(params, x), shifted.apply(params, x)
+    np.testing.assert_array_equal(found.logits[:, 1:], plain.logits[:, :-1])
+    np.testing.assert_array_equal(found.logits[:, 0], plain.logits[:, 0])
+    np.testing.assert_array_equal(shifted.head(params, found.hidden), found.logits)  # whoever reads out finds the same
+    # In a packed row every segment begins anew, and padding on the left changes nothing.
+    segments = jnp.array([[0, 0, 1, 1, 1, 2, 2, 2, 2, 2]], jnp.int32)
+    positions = jnp.array([[0, 0, 0, 1, 2, 0, 1, 2, 3, 4]], jnp.int32)
+    packed = shifted.apply(params, x, mask=Mask(segments=segments), positions=positions).logits
+    for start, end in ((2, 5), (5, 10)):
+        alone = shifted.apply(params, x[:, start:end]).logits
+        np.testing.assert_allclose(packed[:, start:end], alone, atol=1e-5)
+
+
+def test_factors_divide_the_frequencies():
+    params, x = noisy(TINY), tokens()
+    linear = dataclasses.replace(TINY, rope_scaling=RopeScaling("linear", 3.0)).apply(params, x).logits
+    factors = dataclasses.replace(TINY, rope_scaling=RopeScaling("factors", factors=(3.0,) * 4)).apply(params, x)
+    np.testing.assert_allclose(factors.logits, linear, atol=1e-6)
+    wrong = dataclasses.replace(TINY, rope_scaling=RopeScaling("factors", factors=(3.0,) * 5))
+    with pytest.raises(ConfigError, match="has 5 entries, the heads have 4 pairs"):
+        wrong.apply(params, x)
+
+
 def test_attention_depends_on_relative_position_only():
     params, x = noisy(TINY), tokens(1, 8)
     moved = TINY.apply(params, x, positions=jnp.arange(8)[None] + 100).logits
@@ -137,11 +176,34 @@ def test_one_batch_is_learned_by_heart():
         ({"time": "sin"}, "model.time='sin'"),
         ({"head_dim": 7}, "must be even"),
         ({"tied_head": "yes"}, "true or false"),
+        ({"shift": 1}, "model.shift=1 must be true or false"),
+        ({"window": -1}, "model.window=-1"),
+        ({"rope_theta": float("nan")}, "model.rope_theta=nan"),
+        ({"norm_eps": float("inf")}, "model.norm_eps=inf"),
     ],
 )
 def test_wrong_hyper_parameters_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(TINY, **change)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"kind": "ntk"}, "rope_scaling.kind='ntk'"),
+        ({"kind": "linear", "factor": 0.5}, "rope_scaling.factor=0.5"),
+        ({"kind": "linear", "factor": float("nan")}, "rope_scaling.factor=nan"),
+        ({"kind": "yarn", "factor": 2.0}, "original_length must be positive"),
+        ({"kind": "yarn", "factor": 2.0, "original_length": 8, "beta_slow": 0.0}, "beta_slow=0.0 must be positive"),
+        ({"kind": "llama3", "factor": 2.0, "original_length": 8, "low_freq": 4.0}, "low_freq=4.0 must be below"),
+        ({"kind": "factors"}, "rope_scaling.factors="),
+        ({"kind": "factors", "factors": (1.0, 0.0)}, "must be positive"),
+        ({"kind": "none", "factors": (1.0,)}, "only for kind='factors'"),
+    ],
+)
+def test_wrong_rope_scalings_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        RopeScaling(**settings)
 
 
 def test_a_time_conditioned_model_asks_for_the_time():
