@@ -55,7 +55,7 @@ class Fields(NamedTuple):
     steps: NDArray[np.float16] | None = None
 
 
-def encode(kind: str, weights: Floats) -> Bytes:
+def encode(kind: str, weights: np.ndarray) -> Bytes:
     """Quantize float32 rows [..., n] to the bytes [..., n / weights * bytes] of a format of `ENCODED`.
 
     Q8_0 and Q4_0 give the bytes of ggml's own encoders. Raises ValueError for a format without an encoder, a row that
@@ -69,41 +69,41 @@ def encode(kind: str, weights: Floats) -> Bytes:
         raise ValueError(f"quantize: {kind} takes rows of whole blocks of {size} weights, not shape {weights.shape}")
     if not np.isfinite(weights).all():
         raise ValueError(f"quantize: {kind} takes finite weights")
-    blocks = weights.reshape(*weights.shape[:-1], -1, size)
+    blocks = _cut(weights, size)
     fields = {"Q8_0": _encode_q8_0, "Q4_0": _encode_q4_0, "Q4_K": _encode_q4_k}[kind](blocks)
     if not np.isfinite(fields.scales if fields.steps is None else fields.steps).all():
         raise ValueError(f"quantize: weights up to {np.abs(weights).max():.3g} ask for a {kind} scale above float16")
     return pack(kind, fields)
 
 
-def decode(kind: str, data: Bytes) -> Floats:
+def decode(kind: str, data: np.ndarray) -> Floats:
     """float32 rows [..., n] of the block bytes [..., n / weights * bytes]: bit-equal to ggml's decoders.
 
     Raises ValueError for an unknown format and for a row that is no whole number of blocks.
     """
+    blocks = _blocks_of(kind, data)
     if kind == "Q6_K":
-        return _decode_q6_k(_blocks_of(kind, data))
+        return _decode_q6_k(blocks)
     fields = unpack(kind, data)
     codes: NDArray[Any] = fields.codes
     with np.errstate(invalid="ignore", over="ignore"):  # a scale read from a file may be infinite or NaN
         if kind == "Q8_0":
-            q = codes.reshape(*codes.shape[:-1], -1, 32).astype(np.float32)
+            q = _cut(codes, 32).astype(np.float32)
             out = fields.scales.astype(np.float32)[..., None] * q
         elif kind == "Q4_0":
-            q = np.stack(nibbles(codes.reshape(*codes.shape[:-1], -1, 16)), -2)
-            q = q.reshape(*q.shape[:-2], 32).astype(np.int8) - np.int8(8)
+            q = np.concatenate(nibbles(_cut(codes, 16)), axis=-1).astype(np.int8) - np.int8(8)
             out = fields.scales.astype(np.float32)[..., None] * q.astype(np.float32)
         else:
             assert fields.mins is not None and fields.steps is not None
-            q = np.stack(nibbles(codes.reshape(*codes.shape[:-1], -1, 32)), -2)
-            q = q.reshape(*q.shape[:-3], -1, 32).astype(np.float32)
+            q = _cut(np.concatenate(nibbles(_cut(codes, 32)), axis=-1), 32)
+            q = q.astype(np.float32).reshape(*fields.scales.shape, 32)
             d, dmin = (np.repeat(fields.steps[..., i].astype(np.float32), 8, axis=-1) for i in (0, 1))
             scale, low = d * fields.scales.astype(np.float32), dmin * fields.mins.astype(np.float32)
             out = scale[..., None] * q - low[..., None]
-    return out.reshape(*out.shape[:-2], -1)
+    return _flat(out)
 
 
-def unpack(kind: str, data: Bytes) -> Fields:
+def unpack(kind: str, data: np.ndarray) -> Fields:
     """Take the block bytes [..., n / weights * bytes] of a format of `ENCODED` apart. Raises ValueError as `decode`."""
     if kind not in ENCODED:
         raise ValueError(f"{kind!r} has no fields here; one of {', '.join(ENCODED)}")
@@ -125,7 +125,7 @@ def pack(kind: str, fields: Fields) -> Bytes:
         raise ValueError(f"{kind!r} has no fields here; one of {', '.join(ENCODED)}")
     lead = fields.scales.shape[:-1]
     blocks = fields.scales.shape[-1] if kind != "Q4_K" else fields.scales.shape[-1] // 8
-    codes = np.ascontiguousarray(fields.codes).view(np.uint8).reshape(*lead, blocks, -1)
+    codes = _cut(np.ascontiguousarray(fields.codes).view(np.uint8), {"Q8_0": 32, "Q4_0": 16, "Q4_K": 128}[kind])
     if kind != "Q4_K":
         return _flat(np.concatenate([_half_bytes(fields.scales[..., None]), codes], axis=-1))
     assert fields.mins is not None and fields.steps is not None
@@ -143,18 +143,23 @@ def nibbles(codes: Bytes) -> tuple[Bytes, Bytes]:
     return codes & np.uint8(15), codes >> np.uint8(4)
 
 
-def _blocks_of(kind: str, data: Bytes) -> Bytes:
+def _blocks_of(kind: str, data: np.ndarray) -> Bytes:
     if kind not in FORMATS:
         raise ValueError(f"{kind!r} is not a known block format; one of {', '.join(FORMATS)}")
     data, size = np.asarray(data), FORMATS[kind].bytes
     if data.dtype != np.uint8 or data.ndim == 0 or data.shape[-1] % size:
         raise ValueError(f"{kind} wants uint8 rows of whole blocks of {size} bytes, not {data.dtype} {data.shape}")
-    return np.ascontiguousarray(data).reshape(*data.shape[:-1], -1, size)
+    return _cut(np.ascontiguousarray(data), size)
+
+
+def _cut(x: NDArray, size: int) -> NDArray:
+    """Rows cut into pieces of `size` (an explicit shape, for rows that are none)."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
 
 
 def _flat(x: NDArray) -> NDArray:
     """Blocks joined into rows."""
-    return np.ascontiguousarray(x).reshape(*x.shape[:-2], -1)
+    return np.ascontiguousarray(x).reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
 def _halves(x: Bytes) -> NDArray[np.float16]:
@@ -211,4 +216,4 @@ def _decode_q6_k(blocks: Bytes) -> Floats:
     with np.errstate(invalid="ignore", over="ignore"):
         scales = _halves(blocks[..., 208:210]).astype(np.float32) * scales
         out = scales[..., None] * q.reshape(*lead, 16, 16).astype(np.float32)
-    return out.reshape(*lead[:-1], -1)
+    return out.reshape(*lead[:-1], lead[-1] * 256)

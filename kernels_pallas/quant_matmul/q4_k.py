@@ -40,7 +40,8 @@ def _search(x: Floats) -> Found:
     exponent = np.frexp(np.abs(x).max(axis=(1, 2), initial=0))[1]
     x = np.ldexp(x, -exponent[:, None, None])
     scale, low = _lines(x)
-    steps = _half(np.stack([scale.max(-1), low.max(-1)], -1) / np.float32(63), exponent)
+    first = np.stack([scale.max(-1), low.max(-1)], -1) / np.float32(63)
+    steps = _half(first, exponent)
     pairs = _nearest(np.stack([scale, low], -1), steps)
     best = _codes(x, pairs, steps), pairs, steps
     least = _error(x, *best)
@@ -59,10 +60,11 @@ def _search(x: Floats) -> Found:
     codes, pairs, steps = best
     with np.errstate(over="ignore"):
         half = np.ldexp(steps, exponent[:, None]).astype(np.float16)
+        half[~np.isfinite(np.ldexp(first, exponent[:, None]).astype(np.float16))] = np.inf
     return Found(codes.astype(np.uint8), pairs[..., 0].astype(np.uint8), pairs[..., 1].astype(np.uint8), half)
 
 
-def _half(steps: NDArray, exponent: NDArray) -> Floats:
+def _half(steps: Floats, exponent: NDArray) -> Floats:
     """The steps rounded as the float16 that will be stored, in the scaled units."""
     with np.errstate(over="ignore"):
         stored = np.ldexp(np.maximum(steps, 0), exponent[:, None]).astype(np.float16)
@@ -70,7 +72,7 @@ def _half(steps: NDArray, exponent: NDArray) -> Floats:
 
 
 def _divide(a: Floats | np.float32, b: Floats) -> Floats:
-    return np.divide(a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape), np.float32), where=b > 0)
+    return np.divide(a, b, out=np.zeros(np.broadcast_shapes(np.shape(a), b.shape), np.float32), where=b > 0)
 
 
 def _lines(x: Floats) -> tuple[Floats, Floats]:

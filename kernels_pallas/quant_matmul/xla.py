@@ -25,8 +25,8 @@ from kernels_pallas.quant_matmul.weight import (
     values,
 )
 
-# Rows from which XLA's dot makes up for dequantizing, beside the CPU kernel: in float32 and, where the CPU multiplies
-# it, bfloat16.
+# Rows from which XLA's dot makes up for dequantizing, beside the CPU kernel: in float32, and in bfloat16 where the CPU
+# multiplies that.
 MANY_ROWS, MANY_ROWS_BFLOAT16 = 96, 24
 # Weights that are dequantized at a time on a CPU, 8 MiB in float32: a quarter or four times as many take up to twice as
 # long at one row.

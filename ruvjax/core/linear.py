@@ -1,10 +1,10 @@
 """The one doorway for matrix multiplies, and the readout to the vocabulary.
 
-Both carry a custom VJP. XLA:CPU hands a dot to its fast kernels only where both operands are row-major and the
-contraction stands last on the left, first or last on the right; the weight gradient of autodiff contracts the leading
-dimension and, without a barrier, has its elementwise producers recomputed inside the dot. The backward rules here write
-each dot in a form that the fast kernels take (figures: experiments/bench). Products accumulate in float32 whatever the
-operands' dtype.
+A weight is an array or a `QuantizedWeight`, which is a constant. For arrays both carry a custom VJP. XLA:CPU hands a dot
+to its fast kernels only where both operands are row-major and the contraction stands last on the left, first or last on
+the right; the weight gradient of autodiff contracts the leading dimension and, without a barrier, has its elementwise
+producers recomputed inside the dot. The backward rules here write each dot in a form that the fast kernels take (figures:
+experiments/bench). Products accumulate in float32 whatever the operands' dtype.
 """
 
 import jax
@@ -12,11 +12,20 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.layout import contract, contract_leading
+from kernels_pallas.quant_matmul import QuantizedWeight, quant_matmul, take
+
+
+def linear(
+    x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"] | QuantizedWeight
+) -> Float[Array, "*batch outer"]:
+    """`x @ w` in the dtype of `x`, accumulated in float32. The gradient of `w` keeps the dtype of `w`."""
+    if isinstance(w, QuantizedWeight):
+        return quant_matmul(x, w).astype(x.dtype)
+    return _linear(x, w)
 
 
 @jax.custom_vjp
-def linear(x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"]) -> Float[Array, "*batch outer"]:
-    """`x @ w` in the dtype of `x`, accumulated in float32. The gradient of `w` keeps the dtype of `w`."""
+def _linear(x, w):
     return _forward(x, w)
 
 
@@ -38,12 +47,23 @@ def _linear_bwd(saved, dy):
     return dx.reshape(x.shape), dw
 
 
-linear.defvjp(_linear_fwd, _linear_bwd)
+_linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+def readout(
+    hidden: Float[Array, "*batch width"], table: Float[Array, "vocab width"] | QuantizedWeight
+) -> Float[Array, "*batch vocab"]:
+    """Logits `hidden @ table.T` in float32: the head, tied or not, as a contraction that never transposes the table.
+
+    A quantized table has the shape [width, vocab]: its blocks run along the width.
+    """
+    if isinstance(table, QuantizedWeight):
+        return quant_matmul(hidden, table)
+    return _logits(hidden, table)
 
 
 @jax.custom_vjp
-def readout(hidden: Float[Array, "*batch width"], table: Float[Array, "vocab width"]) -> Float[Array, "*batch vocab"]:
-    """Logits `hidden @ table.T` in float32: the head, tied or not, as a contraction that never transposes the table."""
+def _logits(hidden, table):
     return _readout(hidden, table)
 
 
@@ -65,9 +85,11 @@ def _readout_bwd(saved, dlogits):
     return dhidden.reshape(hidden.shape), dtable
 
 
-readout.defvjp(_readout_fwd, _readout_bwd)
+_logits.defvjp(_readout_fwd, _readout_bwd)
 
 
-def embed(tokens: Int[Array, "*batch"], table: Float[Array, "vocab width"]) -> Float[Array, "*batch width"]:
-    """Rows of `table` at `tokens`."""
-    return table[tokens]
+def embed(
+    tokens: Int[Array, "*batch"], table: Float[Array, "vocab width"] | QuantizedWeight
+) -> Float[Array, "*batch width"]:
+    """Rows of `table` at `tokens`; of a quantized one, of shape [width, vocab] as for `readout`, in float32."""
+    return take(table, tokens) if isinstance(table, QuantizedWeight) else table[tokens]
