@@ -37,7 +37,9 @@ def weights(law: str, shape: tuple[int, int]) -> np.ndarray:
 
 
 def edges() -> np.ndarray:
-    """float32 [8, 32]: blocks of zeros, of one sign, with ties in rounding and between extremes, tiny and large ones."""
+    """float32 [8, 32]: blocks of zeros, of one sign, with ties in rounding and between extremes, tiny and large
+    ones.
+    """
     ramp = np.arange(32, dtype=np.float32)
     rows = [0 * ramp, ramp + 1, -ramp, np.where(ramp % 2 == 0, 127, 0.5), np.where(ramp % 2 == 0, -8, 8)]
     return np.stack([*rows, ramp * 1e-8, ramp * 1e4, np.roll(ramp - 15.5, 7)]).astype(np.float32)

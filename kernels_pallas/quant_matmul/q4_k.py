@@ -64,7 +64,7 @@ def _search(x: Floats) -> Found:
     return Found(codes.astype(np.uint8), pairs[..., 0].astype(np.uint8), pairs[..., 1].astype(np.uint8), half)
 
 
-def _half(steps: Floats, exponent: NDArray) -> Floats:
+def _half(steps: NDArray, exponent: NDArray) -> Floats:
     """The steps rounded as the float16 that will be stored, in the scaled units."""
     with np.errstate(over="ignore"):
         stored = np.ldexp(np.maximum(steps, 0), exponent[:, None]).astype(np.float16)

@@ -1,10 +1,10 @@
 """The one doorway for matrix multiplies, and the readout to the vocabulary.
 
-A weight is an array or a `QuantizedWeight`, which is a constant. For arrays both carry a custom VJP. XLA:CPU hands a dot
-to its fast kernels only where both operands are row-major and the contraction stands last on the left, first or last on
-the right; the weight gradient of autodiff contracts the leading dimension and, without a barrier, has its elementwise
-producers recomputed inside the dot. The backward rules here write each dot in a form that the fast kernels take (figures:
-experiments/bench). Products accumulate in float32 whatever the operands' dtype.
+A weight is an array or a `QuantizedWeight`, which is a constant. For arrays both carry a custom VJP. XLA:CPU hands a
+dot to its fast kernels only where both operands are row-major and the contraction stands last on the left, first or
+last on the right; the weight gradient of autodiff contracts the leading dimension and, without a barrier, has its
+elementwise producers recomputed inside the dot. The backward rules here write each dot in a form that the fast kernels
+take (figures: experiments/bench). Products accumulate in float32 whatever the operands' dtype.
 """
 
 import jax

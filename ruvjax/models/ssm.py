@@ -253,7 +253,7 @@ def _spans_of(rows: Rows, cut: Callable[[jax.Array], jax.Array]) -> Rows:
 
 def head(params: Any, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
     """Logits in float32."""
-    return cast(jax.Array, readout(hidden, params.embedding if params.head is None else params.head))
+    return readout(hidden, params.embedding if params.head is None else params.head)
 
 
 def unstack(params: Any, count: int) -> Any:

@@ -53,7 +53,9 @@ def test_parity_with_the_gguf_package(kind):
 
 @pytest.mark.parametrize("law", LAWS)
 def test_q4_k_loses_no_more_than_ggmls_encoder(law):
-    """Its root mean square error, recorded on the same weights, plus 1%; the control encodes from the extremes alone."""
+    """Its root mean square error, recorded on the same weights, plus 1%; the control encodes from the extremes
+    alone.
+    """
     values = weights(law, LARGE)
     theirs = float(GOLDEN[f"Q4_K.{law}.rmse"])
     ours = rmse(decode("Q4_K", encode("Q4_K", values)), values)
@@ -79,7 +81,8 @@ def test_bytes_survive_being_taken_apart(kind):
 @given(st.integers(0, 2**32 - 1), st.sampled_from(formats.ENCODED), st.floats(1e-6, 1e4))
 def test_errors_are_bounded_by_the_step(seed, kind, scale):
     """Half a step of the block's range for Q8_0, one for Q4_0 (its codes are -8..7, so the extreme of the other sign is
-    cut), and the 16 levels between the extremes and 0 for Q4_K; each with what rounding its scales to 11 or 6 bits adds."""
+    cut), and the 16 levels between the extremes and 0 for Q4_K; each with what rounding its scales to 11 or 6 bits
+    adds."""
     generator = np.random.default_rng(seed)
     values = (scale * generator.standard_t(3, (2, 256)) + scale * generator.normal()).astype(np.float32)
     error = np.abs(decode(kind, encode(kind, values)).astype(np.float64) - values).reshape(-1, 32).max(-1)
