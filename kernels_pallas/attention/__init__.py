@@ -33,6 +33,8 @@ def attention(
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
+    if q.size == 0:
+        return q
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     bodies = {
         "reference": Body(partial(reference.attention, scale=scale)),

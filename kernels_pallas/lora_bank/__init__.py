@@ -50,7 +50,7 @@ def lora_bank(
     ids = jnp.where(valid, ids, 0)
     rows = (batch, length) if ids.ndim == 2 else (batch * length, 1)
     flat = [x.reshape(*rows, inner), *(value.reshape(rows[0], ids.shape[-1]) for value in (ids, factors))]
-    if bank == 0:
+    if bank == 0 or x.size == 0 or ids.size == 0:
         return jnp.zeros((batch, length, b.shape[2]), x.dtype)
     bodies = {
         "reference": Body(reference.lora_bank),
