@@ -1,4 +1,4 @@
-"""The TPU bodies of scan and unmasking: interpreted against the oracles, and lowered for a TPU. Never run on one here."""
+"""The TPU bodies of scan and loss: interpreted against the oracles, and lowered for a TPU. Never run on one here."""
 
 import jax
 import jax.numpy as jnp

@@ -155,8 +155,8 @@ def test_noise_reaches_far_and_stays_finite():
 
 def test_an_implementation_that_is_not_there_is_refused():
     logits, targets = jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32)
-    with pytest.raises(ImplError, match=r"masked_cross_entropy.*pallas_tpu.*not written.*xla"):
-        masked_cross_entropy(logits, targets, impl="pallas_tpu")
+    with pytest.raises(ImplError, match=r"masked_cross_entropy.*pallas_gpu.*not written.*xla"):
+        masked_cross_entropy(logits, targets, impl="pallas_gpu")
     with pytest.raises(ImplError, match=r"unmask.*cuda.*not known.*interpret"):
         unmask(logits, temperature=0.0, impl="cuda")
     with pytest.raises(ValueError, match="needs noise"):
