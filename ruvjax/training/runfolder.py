@@ -206,6 +206,9 @@ def _claim_named(
     if path.exists() and not path.is_dir():
         raise InputError(f"run.dir={path} is a file", "name a folder")
     state = run_state(path)
+    if state == "none" and (path / ".lock").exists():  # another process may be amid its claim: run.json comes last
+        with _locked(path):
+            state = run_state(path)
     if state == "none":
         taken = [file for file in OWN_FILES if (path / file).exists()]
         if taken:

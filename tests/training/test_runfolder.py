@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -91,6 +92,29 @@ def test_one_of_two_processes_gets_a_named_folder(tmp_path):
     # both are gone: the folder can be taken again
     assert run_state(tmp_path / "x") == "killed"
     open_run("runs", "a", "train", {"seed": 0}, directory=tmp_path / "x")
+
+
+def test_a_folder_that_is_just_being_claimed_is_waited_for(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    errors = []
+
+    def claim():
+        try:
+            open_run("runs", "a", "train", CONFIG, directory=tmp_path)
+        except InputError as error:
+            errors.append(str(error))
+
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (tmp_path / "config.yaml").write_text("seed: 0\n")
+        second = threading.Thread(target=claim)
+        second.start()
+        second.join(0.2)
+        assert second.is_alive()
+        first = {"pid": os.getppid(), "process_start": runfolder._process_start(os.getppid()), "host": platform.node()}
+        (tmp_path / "run.json").write_text(json.dumps(first))
+    second.join()
+    assert "in use by process" in errors[0]
 
 
 def test_a_torn_last_line_is_left_out_and_truncation_leaves_no_duplicates(tmp_path):
@@ -188,7 +212,7 @@ def test_resume_takes_the_newest_unfinished_run_of_the_name(tmp_path):
     folder = open_run(tmp_path, "a", "train", CONFIG, resume=True)
     assert folder.path == new.path and folder.resumed and not folder.summary.exists()
     # a live process holds it now: the next one is taken instead
-    leave(folder, pid=os.getppid(), process_start=runfolder._process_start(os.getppid()))
+    leave(folder, pid=os.getppid(), process_start=runfolder.runfolder._process_start(os.getppid()))
     assert run_state(new.path) == "running"
     assert open_run(tmp_path, "a", "train", CONFIG, resume=True).path == old.path
     assert newest_unfinished(tmp_path, "nothing") is None
