@@ -212,7 +212,7 @@ def test_resume_takes_the_newest_unfinished_run_of_the_name(tmp_path):
     folder = open_run(tmp_path, "a", "train", CONFIG, resume=True)
     assert folder.path == new.path and folder.resumed and not folder.summary.exists()
     # a live process holds it now: the next one is taken instead
-    leave(folder, pid=os.getppid(), process_start=runfolder.runfolder._process_start(os.getppid()))
+    leave(folder, pid=os.getppid(), process_start=runfolder._process_start(os.getppid()))
     assert run_state(new.path) == "running"
     assert open_run(tmp_path, "a", "train", CONFIG, resume=True).path == old.path
     assert newest_unfinished(tmp_path, "nothing") is None
