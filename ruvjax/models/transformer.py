@@ -18,7 +18,7 @@ from ruvjax.core.linear import embed, linear, readout
 from ruvjax.core.model import DTYPES, Output, compute_dtype
 from ruvjax.core.norm import layer_norm, rms_norm
 from ruvjax.core.params import declare
-from ruvjax.core.rope import RopeScaling, default_positions, rotate, rotations
+from ruvjax.core.rope import RopeScaling, default_positions, rotations
 from ruvjax.errors import ConfigError
 
 TIME_FEATURES = 256  # width of the sinusoidal time embedding
@@ -63,6 +63,18 @@ class TransformerParams:
     final_norm: jax.Array
     head: jax.Array | None = None
     time: TimeEmbedding | None = None
+
+
+@struct.dataclass
+class Begun:
+    """A forward pass up to the last mixing of positions: `Transformer.finish` makes hidden states of any of its rows.
+
+    x is the residual stream [*batch, width] and `mixed` the heads of the last attention, [*batch, heads * dim]. None:
+    nothing is left to do, x holds the hidden states.
+    """
+
+    x: jax.Array
+    mixed: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -202,6 +214,21 @@ class Transformer:
         """One forward pass. `time` in (0, 1] is needed by time-conditioned models and ignored by the others;
         `positions` default to 0..length-1; `logits=False` leaves the readout to the caller; `impl` names the attention
         implementation. Raises ConfigError where a time-conditioned model gets no time."""
+        hidden = self.finish(params, self.begin(params, tokens, mask=mask, positions=positions, time=time, impl=impl))
+        return Output(self.head(params, hidden) if logits else None, hidden)
+
+    def begin(
+        self,
+        params: TransformerParams,
+        tokens: Int[Array, "batch length"],
+        *,
+        mask: Mask | None = None,
+        positions: Int[Array, "_ length"] | None = None,
+        time: Float[Array, "batch"] | None = None,
+        impl: str | None = None,
+    ) -> Begun:
+        """`apply` without what it does position by position at the end, so that a loss which counts some positions pays
+        for these alone. adaLN models, and layers that are not unrolled, leave only the readout."""
         dtype = compute_dtype(self.dtype)
         given = Mask() if mask is None else mask
         window = min(self.window, given.window or self.window) if self.window else given.window
@@ -217,6 +244,12 @@ class Transformer:
         def block(x, weights):
             return self._block(x, weights, seen, rotation, condition, impl), None
 
+        if self.unroll and condition is None:
+            *layers, last = _unstack(params.layers, self.layers)
+            for weights in layers:
+                x, _ = block(x, weights)
+            begun = Begun(x, self._mix(self._norm(x, last.attention_norm), last, seen, rotation, impl))
+            return jax.tree.map(lambda part: _shifted(part, seen.segments), begun) if self.shift else begun
         if self.unroll:
             for weights in _unstack(params.layers, self.layers):
                 x, _ = block(x, weights)
@@ -228,9 +261,17 @@ class Transformer:
             change = linear(jax.nn.silu(condition), params.time.final) + params.time.final_bias[None, :]
             shift, scale = jnp.split(change[:, None, :].astype(dtype), 2, axis=-1)
             hidden = hidden * (1 + scale) + shift
-        if self.shift:
-            hidden = _shifted(hidden, seen.segments)
-        return Output(self.head(params, hidden) if logits else None, hidden)
+        return Begun(_shifted(hidden, seen.segments) if self.shift else hidden)
+
+    def finish(self, params: TransformerParams, begun: Begun) -> Float[Array, "*batch width"]:
+        """Hidden states of the rows of `begun`."""
+        if begun.mixed is None:
+            return begun.x
+        names = ("o", "mlp_norm", "up", "down", "gate")
+        last = replace(params.layers, **{name: _last(getattr(params.layers, name)) for name in names})
+        x = begun.x + linear(begun.mixed, last.o)
+        x = x + self._mlp(self._norm(x, last.mlp_norm), last)
+        return self._norm(x, params.final_norm)
 
     def head(self, params: TransformerParams, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """Logits in float32."""
@@ -264,14 +305,16 @@ class Transformer:
         return x + mlp_gate * self._mlp(h, w)
 
     def _attend(self, x, w: Layer, mask: Mask, rotation, impl):
+        return linear(self._mix(x, w, mask, rotation, impl), w.o)
+
+    def _mix(self, x, w: Layer, mask: Mask, rotation, impl):
         q = self._heads(x, w.q, w.q_bias, self.heads)
         k = self._heads(x, w.k, w.k_bias, self.key_heads)
         v = self._heads(x, w.v, w.v_bias, self.key_heads)
         if w.q_norm is not None and w.k_norm is not None:
             q, k = rms_norm(q, w.q_norm, self.norm_eps), rms_norm(k, w.k_norm, self.norm_eps)
-        q, k = rotate(q, rotation), rotate(k, rotation)
-        out = attention(q, k, v, mask, impl=impl)
-        return linear(out.reshape(*x.shape[:2], -1), w.o)
+        out = attention(q, k, v, mask, rotation=rotation, impl=impl)
+        return out.reshape(*x.shape[:2], -1)
 
     def _heads(self, x, weight, bias, heads: int):
         y = linear(x, weight)
@@ -292,6 +335,11 @@ def _shifted(hidden: jax.Array, segments: jax.Array | None) -> jax.Array:
         return before
     first = jnp.concatenate([segments[:, :1], segments[:, :-1]], axis=1) != segments
     return jnp.where(first[:, :, None], hidden, before)
+
+
+def _last(stacked: Any) -> Any:
+    """The last layer's share of a stacked weight, which may be quantized or None."""
+    return jax.tree.map(lambda w: w[-1], stacked)
 
 
 def _unstack(layers: Layer, count: int) -> list[Layer]:
