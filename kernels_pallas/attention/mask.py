@@ -30,6 +30,10 @@ class Mask:
     segments: jax.Array | None = None
     dense: jax.Array | None = None
 
+    def restricts(self) -> bool:
+        """Whether any condition is set."""
+        return bool(self.causal or self.block or self.window or self.diffusion or jax.tree.leaves(self))
+
     def text_length(self, length: int) -> int:
         """The positions of the text in a row of `length`. Raises ValueError where `diffusion` cannot halve the row."""
         if self.diffusion and length % 2:
