@@ -293,10 +293,12 @@ def load(path: ModelPath, attention: str | None = None) -> Loaded:
 
 
 def check_kernels(attention: str | None) -> None:
-    """Raises BackendError where a kernel implementation that was named is not there."""
-    from kernels_pallas.attention import IMPLEMENTATIONS
+    """Raises BackendError where the kernel implementation that was named is for a device that is not there."""
+    from kernels_pallas.dispatch import PLATFORM_BODIES, platforms
 
-    if attention is not None and attention not in IMPLEMENTATIONS:
+    needs = {body: platform for platform, body in PLATFORM_BODIES.items()}.get(attention or "")
+    if needs is not None and needs not in platforms():
         raise BackendError(
-            f"kernels.attention={attention!r} is not written yet", f"one of auto, {', '.join(IMPLEMENTATIONS)}"
+            f"kernels.attention={attention!r} needs {needs}, which this process does not have",
+            "one of auto, xla, reference, interpret",
         )

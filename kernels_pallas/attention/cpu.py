@@ -18,6 +18,7 @@ from jax.interpreters import batching, mlir
 
 from kernels_pallas import native
 from kernels_pallas.attention import xla
+from kernels_pallas.attention.fold import fold
 from kernels_pallas.attention.rotation import rotate
 from kernels_pallas.dispatch import platforms
 
@@ -166,25 +167,13 @@ def _declare(name, results, native_form, xla_form) -> Primitive:
     def batch(operands, axes, **params):
         size = next(x.shape[axis] for x, axis in zip(operands, axes) if axis is not None)
         rows = operands[0].shape[0 if axes[0] is None else 1 - min(axes[0], 1)]
-        results = primitive.bind(*(_fold(x, axis, size, rows) for x, axis in zip(operands, axes)), **params)
+        results = primitive.bind(*(fold(x, axis, size, rows) for x, axis in zip(operands, axes)), **params)
         return [x.reshape(size, rows, *x.shape[1:]) for x in results], [0] * len(results)
 
     mlir.register_lowering(primitive, mlir.lower_fun(xla_form, multiple_results=True))
     mlir.register_lowering(primitive, lower, platform="cpu")
     batching.primitive_batchers[primitive] = batch
     return primitive
-
-
-def _fold(x, axis, size, rows):
-    """[size * rows, ...]: a mapped axis joins the batch of `rows`, the first of every operand."""
-    if axis is None:
-        if x.shape[0] != rows:
-            return x  # a mask shared by the batch and by the mapped axis
-        x = jnp.broadcast_to(x[None], (size, *x.shape))
-    else:
-        x = jnp.moveaxis(x, axis, 0)
-        x = jnp.broadcast_to(x, (size, rows, *x.shape[2:]))
-    return x.reshape(size * rows, *x.shape[2:])
 
 
 _forward_p = _declare(

@@ -153,19 +153,6 @@ def corrupt(
     return Corruption(noisy, masked, weight, t.reshape(batch, -1).mean(axis=1))
 
 
-def block_mask(length: int, block_size: int) -> Bool[Array, "1 double double"]:
-    """Who may attend to whom over [noisy; clean], each of `length` tokens (Arriola et al. 2025).
-
-    A noisy token sees its own noisy block and the clean blocks before it; a clean token sees the clean blocks up to its
-    own.
-    """
-    block = jnp.tile(jnp.arange(length) // block_size, 2)
-    clean = jnp.arange(2 * length) >= length
-    query, key = block[:, None], block[None, :]
-    noisy_rows = jnp.where(clean[None, :], key < query, key == query)
-    return jnp.where(clean[:, None], clean[None, :] & (key <= query), noisy_rows)[None]
-
-
 def objective(loss: DiffusionLoss, encode: Encode, project: Project, *, mask_id: int, batch_size: int) -> Objective:
     """The objective `(params, carry, batch, key) -> (loss, (carry, metrics))` of `loss`.
 
@@ -200,7 +187,7 @@ def objective(loss: DiffusionLoss, encode: Encode, project: Project, *, mask_id:
             inputs, time = jnp.concatenate([inputs, tokens], axis=1), None
             positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), 2)[None]
             doubled = None if segments is None else jnp.concatenate([segments, segments], axis=1)
-            mask = Mask(segments=doubled, dense=block_mask(length, loss.block_size))
+            mask = Mask(segments=doubled, diffusion=loss.block_size)
         hidden = jax.tree.map(lambda part: part[:, :length], encode(params, inputs, time, mask, positions))
         nll = partial(_nll, lambda rows: project(params, rows), mask_id)
         total, plain, overflow = _masked_sum(nll, hidden, tokens, drawn.masked, drawn.weight, loss.masked_rows)
