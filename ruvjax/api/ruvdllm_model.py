@@ -273,7 +273,8 @@ class DiffusionModel:
     """A network with its parameters, schedule and tokenizer.
 
     mask_id is None for a checkpoint that was never trained to denoise: it can run forward and cannot generate.
-    block_size: that of a model trained block by block, else 0. impl: the attention implementation (None: best).
+    end_ids: tokens beside eos_id that end a text. block_size: that of a model trained block by block, else 0.
+    impl: the attention implementation (None: best).
     """
 
     network: Transformer
@@ -283,6 +284,7 @@ class DiffusionModel:
     mask_id: int | None = None
     eos_id: int | None = None
     pad_id: int | None = None
+    end_ids: tuple[int, ...] = ()
     block_size: int = 0
     impl: str | None = None
     model_type: str = ""
@@ -301,7 +303,8 @@ class DiffusionModel:
         try:
             network, params, files = load_model(folder)
             causal = files.mask_token_id is None  # then its tokenizer knows no mask either
-            tokenizer = None if causal or files.tokenizer is None else load_tokenizer(files.tokenizer)
+            ids = {"mask_id": files.mask_token_id, "eos_id": files.eos_token_id, "pad_id": files.pad_token_id}
+            tokenizer = None if causal or files.tokenizer is None else load_tokenizer(files.tokenizer, **ids)
         except errors.InputError as error:
             raise ModelError.LoadError(str(error), error.hint) from error
         source = str(folder / "config.json")
@@ -321,6 +324,7 @@ class DiffusionModel:
             mask_id=files.mask_token_id,
             eos_id=files.eos_token_id,
             pad_id=files.pad_token_id,
+            end_ids=tuple(end for end in files.eos_token_ids if end not in (files.eos_token_id, files.mask_token_id)),
             block_size=block_size,
             model_type=files.model_type,
             weights=files.weights,
