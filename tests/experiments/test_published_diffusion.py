@@ -201,6 +201,7 @@ def test_special_tokens_are_those_of_the_model_and_every_end_token_ends_a_text(f
     recorded = np.load(golden.GOLDEN)["llada.generate"]
     stop = dataclasses.replace(LLADA, eos_handling="stop")
     finished = wiring.finish_sampler(stop, model, print)
+    assert isinstance(finished, Sampler)
     assert (finished.eos_id, finished.end_ids, finished.pad_id) == (EOS, (EOT,), 0)
     # Let the fourth token that is drawn be the second end token: everything behind it is padding.
     end = int(recorded[PROMPT + 3])
