@@ -44,7 +44,8 @@ class Loaded:
     """A model that can be used: hyper-parameters, parameters, tokenizer and how it was trained.
 
     block_size is that of the block objective, 0 for every other; schedule tells the time of a mask share; length is
-    that of the rows it was trained on, 0 where nobody says. autoregressive: it looks only to the left.
+    that of the rows it was trained on, 0 where nobody says. autoregressive: it looks only to the left. end_ids: tokens
+    beside the tokenizer's end token that end a text.
     """
 
     model: LanguageModel
@@ -55,6 +56,7 @@ class Loaded:
     length: int = 0
     attention: str | None = None
     autoregressive: bool = False
+    end_ids: tuple[int, ...] = ()
 
     @property
     def forward(self) -> Forward:
@@ -234,10 +236,12 @@ def finish_sampler(sampler: Sampler | Decoding, loaded: Loaded, note: Callable[[
         raise ConfigError(f"this is {kind} model", f"sample it with {right}")
     if isinstance(sampler, Decoding):
         return sampler
-    sampler = block_sampler(sampler, loaded.block_size, note)
+    sampler, tokenizer = block_sampler(sampler, loaded.block_size, note), loaded.tokenizer
     if sampler.eos_handling != "none" and sampler.eos_id < 0:
-        tokenizer = loaded.tokenizer
-        sampler = dataclasses.replace(sampler, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+        ends = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "end_ids": loaded.end_ids}
+        sampler = dataclasses.replace(sampler, **ends)
+    if not sampler.vocabulary and tokenizer.vocab_size < loaded.model.vocab_size:
+        sampler = dataclasses.replace(sampler, vocabulary=tokenizer.vocab_size)
     return sampler
 
 
@@ -278,7 +282,9 @@ def load(path: ModelPath, attention: str | None = None) -> Loaded:
     model, params, files = load_model(folder)
     if files.tokenizer is None:
         raise InputError(f"{folder} holds no tokenizer.json", "copy the tokenizer of the model there")
-    tokenizer = load_tokenizer(files.tokenizer)
+    tokenizer = load_tokenizer(
+        files.tokenizer, mask_id=files.mask_token_id, eos_id=files.eos_token_id, pad_id=files.pad_token_id
+    )
     if tokenizer.vocab_size > model.vocab_size:
         sizes = f"{tokenizer.vocab_size} entries, the model {model.vocab_size}"
         raise InputError(f"{folder}: the tokenizer has {sizes}", "copy the right one")
@@ -288,8 +294,8 @@ def load(path: ModelPath, attention: str | None = None) -> Loaded:
         block, length = int(settings.get("block_size", 0)), int(settings.get("length", 0))
     except (TypeError, ValueError, ConfigError) as error:
         raise InputError(f"{folder}/config.json: bad diffusion settings: {error}", "export the model again") from error
-    autoregressive = settings.get("autoregressive") is True
-    return Loaded(model, params, tokenizer, schedule, block, length, attention, autoregressive)
+    ends = tuple(end for end in files.eos_token_ids if end not in (tokenizer.eos_id, tokenizer.mask_id))
+    return Loaded(model, params, tokenizer, schedule, block, length, attention, files.causal, ends)
 
 
 def check_kernels(attention: str | None) -> None:

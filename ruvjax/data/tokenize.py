@@ -191,11 +191,14 @@ def train_tokenizer(config: TokenizerConfig, documents: Iterable[bytes]) -> Toke
     return _wrap(backend, EOS_ID, MASK_ID, PAD_ID)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(
+    path: str | Path, *, mask_id: int | None = None, eos_id: int | None = None, pad_id: int | None = None
+) -> Tokenizer:
     """Read a tokenizer.json (the file, or the folder that holds it), of this project or of any other.
 
-    The specials are those of the tokenizer_config.json beside it, else the customary names. A missing pad id is taken
-    from the end-of-text id. Raises InputError for a file that is missing or malformed, or has no mask or end-of-text.
+    The specials are the ids given here (those of a model's config.json), then those of the tokenizer_config.json beside
+    it, then the customary names. A missing pad id is taken from the end-of-text id. Raises InputError for a file that
+    is missing or malformed, or has no mask or end-of-text.
     """
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -211,6 +214,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     )
     mask = _find_special(backend, [names.get("mask_token"), SPECIALS[MASK_ID], "<|mdm_mask|>", "[MASK]", "<mask>"])
     pad = _find_special(backend, [names.get("pad_token"), SPECIALS[PAD_ID], "<pad>", "[PAD]"])
+    eos, mask, pad = (
+        (eos if eos_id is None else eos_id),
+        (mask if mask_id is None else mask_id),
+        (pad if pad_id is None else pad_id),
+    )
     if mask is None or eos is None:
         missing = "mask" if mask is None else "end-of-text"
         raise InputError(
@@ -261,7 +269,7 @@ def _wrap(backend: tokenizers.Tokenizer, eos_id: int, mask_id: int, pad_id: int)
     added = {token["id"] for token in content["added_tokens"]}
     byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    pieces = [b""] * (max(vocabulary.values()) + 1)
+    pieces = [b""] * (max(*vocabulary.values(), *specials) + 1)
     for name, number in vocabulary.items():
         if number in specials:
             continue

@@ -205,6 +205,8 @@ def _ranked(sampler, now):
         else:
             if sampler.tokens_per_step:
                 count = jnp.full_like(remaining, sampler.tokens_per_step)
+            elif sampler.grid == "dream":
+                count = ordering.dream_count(remaining, now.step, now.steps)
             elif sampler.grid == "uniform":
                 count = ordering.even_count(remaining, now.steps - now.step)
             else:
@@ -235,7 +237,10 @@ def _logits(sampler, forward, params, state, time, look):
         logits = repetition_penalty(logits, seen[:, None, :], sampler.repetition_penalty)
     forbidden = [state.mask_id]
     if sampler.eos_handling == "suppress":
-        forbidden.append(sampler.eos_id)
+        forbidden += [sampler.eos_id, *sampler.end_ids]
+    if 0 < sampler.vocabulary < logits.shape[-1]:
+        known = jnp.arange(logits.shape[-1]) < sampler.vocabulary
+        logits = jnp.where(known, logits, LOG_ZERO)
     return suppress(logits, forbidden), carry
 
 
@@ -267,7 +272,7 @@ def _stop_at_end(sampler, state, active):
     def first(where):
         return jnp.where(jnp.any(where, axis=-1), jnp.argmax(where, axis=-1), length)[:, None]
 
-    end = first(state.free & (state.tokens == sampler.eos_id))
+    end = first(state.free & jnp.isin(state.tokens, jnp.array([sampler.eos_id, *sampler.end_ids])))
     stop = (end < length) & (end < first(state.free & (state.tokens == state.mask_id))) & active[:, None]
     pad = stop & state.free & (position > end)
     return state.replace(
