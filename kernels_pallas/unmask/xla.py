@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,8 +126,9 @@ def _groups_of(logits, floor, temperature, group, ties) -> Groups:
     whole = logits.shape[-1] // group * group
     # The last, shorter group apart: padding would copy the logits.
     parts = [logits[..., :whole].reshape(*logits.shape[:-1], whole // group, group), logits[..., None, whole:]]
-    found = [_group_part(part, floor, temperature, ties) for part in parts if part.shape[-1] and part.shape[-2]]
-    return Groups(*(None if one[0] is None else jnp.concatenate(one, axis=-1) for one in zip(*found)))
+    found = [group_part(part, floor, temperature, ties) for part in parts if part.shape[-1] and part.shape[-2]]
+    joined: list[Any] = [None if one[0] is None else jnp.concatenate(one, axis=-1) for one in zip(*found)]
+    return Groups(*joined)
 
 
 def log_sum_exp_of(found: Groups):
@@ -136,7 +137,7 @@ def log_sum_exp_of(found: Groups):
     return peak + jnp.log(jnp.sum(found.total * jnp.exp(found.peak - peak[..., None]), axis=-1))
 
 
-def _group_part(x, floor, temperature, ties):
+def group_part(x, floor, temperature, ties):
     # The peak in the dtype of the logits: see `_log_sum_exp`.
     peak = jnp.maximum(_at_least_float32(jnp.max(x, axis=-1)), LOG_ZERO)
     wide = _at_least_float32(x)
@@ -163,17 +164,17 @@ def unmask(logits, noise, floor, temperature, group, top_k, read: Callable[..., 
     below = found.peak - peak[..., None]
     scale = jnp.exp(below)
     total = jnp.sum(found.total * scale, axis=-1)
-    lse = peak + jnp.log(total)
+    log_total = jnp.log(total)  # apart from the peak, which would swallow it where it is `LOG_ZERO`
     spread = jnp.sum(scale * (found.spread + jnp.maximum(below, -200.0) * found.total), axis=-1)
-    entropy = jnp.log(total) - spread / total
+    entropy = log_total - spread / total
     inside = _group_at(logits, likeliest, group)
     best = _first_largest(inside)
     others = jnp.max(jnp.where(_iota(below) == likeliest[..., None], LOG_ZERO, found.peak), axis=-1)
     second = jnp.maximum(others, jnp.max(jnp.where(_iota(inside) == best[..., None], LOG_ZERO, inside), axis=-1))
-    confidence = jnp.exp(peak - lse)
-    margin = confidence - jnp.exp(second - lse)
+    confidence = jnp.exp(-log_total)
+    margin = confidence - jnp.exp(second - peak - log_total)
     if temperature == 0:
-        return likeliest * group + best, peak - lse, confidence, entropy, margin
+        return likeliest * group + best, -log_total, confidence, entropy, margin
     # A group of the vocabulary by its total mass, then a token inside it, each by Gumbel-max: the same law as one draw
     # over the whole vocabulary, at about 2 sqrt(V) random numbers in place of V.
     if top_k:
@@ -187,7 +188,7 @@ def unmask(logits, noise, floor, temperature, group, top_k, read: Callable[..., 
     if floor is not None:
         y = jnp.where(inside >= floor[..., None], y, LOG_ZERO)
     token = _first_largest(y + noise[..., mass.shape[-1] :])
-    log_prob = jnp.take_along_axis(inside, token[..., None], axis=-1)[..., 0] - lse
+    log_prob = jnp.take_along_axis(inside, token[..., None], axis=-1)[..., 0] - peak - log_total
     return chosen * group + token, log_prob, confidence, entropy, margin
 
 

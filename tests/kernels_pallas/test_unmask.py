@@ -189,9 +189,19 @@ def test_noise_reaches_far_and_stays_finite():
     assert stats.kstest(noise.ravel(), stats.gumbel_r.cdf).pvalue > 1e-3
 
 
+def test_the_noise_of_a_row_does_not_depend_on_the_rows_around_it():
+    key = jax.random.key(9)
+    whole = np.asarray(noise_of(key, (6, 4), 37))
+    for shape in ((24,), (2, 4), (3,), (1, 1)):
+        rows = int(np.prod(shape))
+        part = np.asarray(noise_of(key, shape, 37))
+        np.testing.assert_array_equal(part.reshape(rows, -1), whole.reshape(24, -1)[:rows])
+    assert (whole[0] != whole[1]).all(), "and no two rows share it"
+
+
 def test_an_implementation_that_is_not_there_is_refused():
     logits, targets = jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32)
-    with pytest.raises(ImplError, match=r"masked_cross_entropy.*pallas_gpu.*not written.*xla"):
+    with pytest.raises(ImplError, match=r"masked_cross_entropy.*pallas_gpu.*cannot run here.*fewer than 16 bytes"):
         masked_cross_entropy(logits, targets, impl="pallas_gpu")
     with pytest.raises(ImplError, match=r"unmask.*cuda.*not known.*interpret"):
         unmask(logits, temperature=0.0, impl="cuda")
