@@ -14,10 +14,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.attention import Mask, attention
+from ruvjax.core.cache import Chunk, KVCache, advanced, append, arrange, cached_attention, empty_kv_cache, moved
 from ruvjax.core.linear import embed, linear, readout
 from ruvjax.core.model import DTYPES, Output, compute_dtype
 from ruvjax.core.norm import layer_norm, rms_norm
-from ruvjax.core.params import declare
+from ruvjax.core.params import declare, unstack
 from ruvjax.core.rope import RopeScaling, default_positions, rotate, rotations
 from ruvjax.errors import ConfigError
 
@@ -59,7 +60,7 @@ class TimeEmbedding:
 @struct.dataclass
 class TransformerParams:
     embedding: jax.Array
-    layers: Layer
+    layers: Layer | tuple[Layer, ...]
     final_norm: jax.Array
     head: jax.Array | None = None
     time: TimeEmbedding | None = None
@@ -195,17 +196,32 @@ class Transformer:
         *,
         mask: Mask | None = None,
         positions: Int[Array, "_ length"] | None = None,
+        cache: KVCache | None = None,
         time: Float[Array, "batch"] | None = None,
         logits: bool = True,
         impl: str | None = None,
     ) -> Output:
-        """One forward pass. `time` in (0, 1] is needed by time-conditioned models and ignored by the others;
-        `positions` default to 0..length-1; `logits=False` leaves the readout to the caller; `impl` names the attention
-        implementation. Raises ConfigError where a time-conditioned model gets no time."""
+        """One forward pass over rows, or over the next chunk of rows whose past is in `cache`.
+
+        `positions` default to 0..length-1, with a cache to the places that the tokens take in the text; `time` in
+        (0, 1] is needed by time-conditioned models and ignored by the others; `logits=False` leaves the readout to the
+        caller; `impl` names the attention implementation. With `cache`, `output.aux["cache"]` holds the next one;
+        segment 0 of `mask` marks padding, which may stand anywhere in the chunk and is not kept, and every row needs
+        room for the whole chunk. `params.layers` may be unstacked (`core.params.unstack`), which a decoding loop wants.
+        Raises ConfigError where a time-conditioned model gets no time, and for a cache of shifted logits.
+        """
         dtype = compute_dtype(self.dtype)
         given = Mask() if mask is None else mask
         window = min(self.window, given.window or self.window) if self.window else given.window
         seen = replace(given, window=window)
+        chunk = None
+        if cache is not None:
+            if self.shift:
+                raise ConfigError("a model with shifted logits has no cache: its head reads the token before the chunk")
+            chunk = arrange(cache, seen, *tokens.shape)
+            tokens = moved(tokens, chunk.order)
+            places = cache.length[:, None] + default_positions(tokens)
+            positions = places if positions is None else moved(positions, chunk.order)
         positions = default_positions(tokens) if positions is None else positions
         rotation = rotations(positions, self.dim_per_head, self.rope_theta, self.rope_scaling)
         x = embed(tokens, params.embedding).astype(dtype)
@@ -215,10 +231,16 @@ class Transformer:
             condition = None
 
         def block(x, weights):
-            return self._block(x, weights, seen, rotation, condition, impl), None
+            def attend(q, k, v):
+                return attention(q, k, v, seen, impl=impl)
 
-        if self.unroll:
-            for weights in _unstack(params.layers, self.layers):
+            return self._block(x, weights, attend, rotation, condition), None
+
+        aux = {}
+        if cache is not None and chunk is not None:
+            x, aux["cache"] = self._cached(x, params, cache, chunk, rotation, condition)
+        elif self.unroll or isinstance(params.layers, tuple):
+            for weights in unstack(params, self.layers).layers:
                 x, _ = block(x, weights)
         else:
             x, _ = lax.scan(block, x, params.layers)
@@ -230,7 +252,14 @@ class Transformer:
             hidden = hidden * (1 + scale) + shift
         if self.shift:
             hidden = _shifted(hidden, seen.segments)
-        return Output(self.head(params, hidden) if logits else None, hidden)
+        if chunk is not None:
+            hidden = moved(hidden, chunk.place)
+        return Output(self.head(params, hidden) if logits else None, hidden, aux)
+
+    def empty_cache(self, batch: int, capacity: int = 0) -> KVCache:
+        """The cache of `batch` rows before their first token, with room for `capacity` tokens (0: `max_length`)."""
+        shape = (self.layers, batch, self.key_heads, capacity or self.max_length, self.dim_per_head)
+        return empty_kv_cache(*shape, compute_dtype(self.dtype))
 
     def head(self, params: TransformerParams, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """Logits in float32."""
@@ -251,26 +280,38 @@ class Transformer:
     def _norm(self, x: jax.Array, scale: jax.Array) -> jax.Array:
         return (rms_norm if self.norm == "rms" else layer_norm)(x, scale, self.norm_eps)
 
-    def _block(self, x, w: Layer, mask: Mask, rotation, condition, impl):
+    def _cached(self, x, params: TransformerParams, cache: KVCache, chunk: Chunk, rotation, condition):
+        """The layers one by one over a cache: what they give, and the cache after them."""
+        keys, values = list(cache.keys), list(cache.values)
+        for i, weights in enumerate(unstack(params, self.layers).layers):
+
+            def attend(q, k, v, i=i):
+                keys[i], values[i] = (append(held[i], new, cache.length) for held, new in ((keys, k), (values, v)))
+                return cached_attention(q, keys[i], values[i], cache.length, chunk)
+
+            x = self._block(x, weights, attend, rotation, condition)
+        return x, advanced(cache, keys, values, chunk)
+
+    def _block(self, x, w: Layer, attend, rotation, condition):
         if condition is None or w.modulation is None or w.modulation_bias is None:
-            x = x + self._attend(self._norm(x, w.attention_norm), w, mask, rotation, impl)
+            x = x + self._attend(self._norm(x, w.attention_norm), w, attend, rotation)
             return x + self._mlp(self._norm(x, w.mlp_norm), w)
         change = linear(jax.nn.silu(condition), w.modulation) + w.modulation_bias[None, :]
         parts = jnp.split(change[:, None, :].astype(x.dtype), 6, axis=-1)
         attend_shift, attend_scale, attend_gate, mlp_shift, mlp_scale, mlp_gate = parts
         h = self._norm(x, w.attention_norm) * (1 + attend_scale) + attend_shift
-        x = x + attend_gate * self._attend(h, w, mask, rotation, impl)
+        x = x + attend_gate * self._attend(h, w, attend, rotation)
         h = self._norm(x, w.mlp_norm) * (1 + mlp_scale) + mlp_shift
         return x + mlp_gate * self._mlp(h, w)
 
-    def _attend(self, x, w: Layer, mask: Mask, rotation, impl):
+    def _attend(self, x, w: Layer, attend, rotation):
         q = self._heads(x, w.q, w.q_bias, self.heads)
         k = self._heads(x, w.k, w.k_bias, self.key_heads)
         v = self._heads(x, w.v, w.v_bias, self.key_heads)
         if w.q_norm is not None and w.k_norm is not None:
             q, k = rms_norm(q, w.q_norm, self.norm_eps), rms_norm(k, w.k_norm, self.norm_eps)
         q, k = rotate(q, rotation), rotate(k, rotation)
-        out = attention(q, k, v, mask, impl=impl)
+        out = attend(q, k, v)
         return linear(out.reshape(*x.shape[:2], -1), w.o)
 
     def _heads(self, x, weight, bias, heads: int):
@@ -292,10 +333,3 @@ def _shifted(hidden: jax.Array, segments: jax.Array | None) -> jax.Array:
         return before
     first = jnp.concatenate([segments[:, :1], segments[:, :-1]], axis=1) != segments
     return jnp.where(first[:, :, None], hidden, before)
-
-
-def _unstack(layers: Layer, count: int) -> list[Layer]:
-    """One `Layer` per layer. `lax.split` transposes to one concatenation; indexing would transpose to a sum of pads."""
-    leaves, treedef = jax.tree.flatten(layers)
-    parts = [lax.split(w, (1,) * count) for w in leaves]
-    return [treedef.unflatten([part[i][0] for part in parts]) for i in range(count)]
