@@ -36,7 +36,7 @@ from ruvjax.io.huggingface import load_model, save_model
 from ruvjax.io.layout import ModelFiles
 from ruvjax.models.mamba import Mamba
 from ruvjax.models.mamba2 import Mamba2
-from ruvjax.models.transformer import Transformer
+from ruvjax.models.transformer import Begun, Transformer
 from ruvjax.training.optimizer import build_optimizer, learning_rate
 from ruvjax.training.state import TrainState, init_state
 from ruvjax.training.step import Step, make_step
@@ -159,20 +159,25 @@ def encode_left_of(model: LanguageModel, attention: str | None = None) -> left.E
 
 
 def encode_of(model: LanguageModel, attention: str | None = None) -> Encode:
-    """`(params, tokens, time, mask, positions) -> hidden`, for the training losses."""
+    """`(params, tokens, time, mask, positions) -> hidden`, for the training losses: of a transformer, `Begun`."""
 
     def encode(params, tokens, time, mask, positions):
         if not isinstance(model, Transformer):
             return model.apply(params, tokens, segments=None if mask is None else mask.segments, logits=False).hidden
-        output = model.apply(params, tokens, mask=mask, positions=positions, time=time, logits=False, impl=attention)
-        return output.hidden
+        return model.begin(params, tokens, mask=mask, positions=positions, time=time, impl=attention)
 
     return encode
 
 
 def project_of(model: LanguageModel) -> Project:
-    """`(params, hidden) -> logits`, for the training losses."""
-    return lambda params, hidden: model.head(params, hidden)
+    """`(params, hidden) -> logits`, for the training losses; `hidden` is what `encode_of` gives or hidden states."""
+
+    def project(params, hidden):
+        if isinstance(model, Transformer) and isinstance(hidden, Begun):
+            hidden = model.finish(params, hidden)
+        return model.head(params, hidden)
+
+    return project
 
 
 def fit_vocabulary(model: LanguageModel, tokenizer: Tokenizer, note: Callable[[str], None]) -> LanguageModel:
@@ -310,7 +315,7 @@ def model_folder(path: ModelPath) -> Path:
 
 
 def _read_tokenizer(folder: Path, files: ModelFiles) -> Tokenizer:
-    ids = {"mask_id": files.mask_token_id, "eos_id": files.eos_token_id, "pad_id": files.pad_token_id}
+    ids: dict[str, Any] = {"mask_id": files.mask_token_id, "eos_id": files.eos_token_id, "pad_id": files.pad_token_id}
     if folder.suffix == ".gguf":
         with tempfile.TemporaryDirectory() as extracted:
             return load_tokenizer(extract_tokenizer(open_gguf(folder), extracted), **ids, masked=not files.causal)

@@ -98,18 +98,27 @@ def unmask(
     *,
     floor: Float[Array, "*rows"] | None = None,
     temperature: float = 1.0,
+    top_k: int = 0,
     impl: str | None = None,
 ) -> Unmasked:
     """Draw a token at every position from softmax(logits / temperature), and judge it.
 
     `noise` comes from `draw_noise` and may be None at temperature 0, where the draw is the argmax. Tokens whose logit
-    is below `floor` are never drawn (top-k, top-p and min-p are such floors: `ruvjax.core.logits`). A token is
-    excluded altogether by a logit of `LOG_ZERO`. At least float32 throughout.
-    Raises `kernels_pallas.dispatch.ImplError` for an `impl` that is not there.
+    is below `floor` (top-p and min-p are such floors: `ruvjax.core.logits`) or below the `top_k`-th largest (0: off;
+    tokens tied with it stay) are never drawn. A token is excluded altogether by a logit of `LOG_ZERO`. A row of
+    nothing else is drawn from evenly; a row with a NaN has NaN statistics and some token of the vocabulary. At least
+    float32 throughout.
+    The same noise gives the same tokens in every body, but for draws that rounding of the sums decides.
+    Raises ValueError for a draw without noise or a negative `top_k`, `kernels_pallas.dispatch.ImplError` for an `impl`
+    that is not there.
     """
+    vocabulary = logits.shape[-1]
+    if top_k < 0:
+        raise ValueError(f"unmask: top_k {top_k} is negative; 0 is off")
     if noise is None and temperature != 0:
         raise ValueError(f"unmask: temperature {temperature} needs noise (draw_noise)")
-    options = {"temperature": temperature, "group": group_size(logits.shape[-1])}
+    cut = top_k if temperature != 0 and top_k < vocabulary else 0
+    options = {"temperature": temperature, "group": group_size(vocabulary), "top_k": cut}
     on_tpu = tpu.unsupported(logits)
     bodies = {
         "reference": Body(partial(reference.unmask, **options)),

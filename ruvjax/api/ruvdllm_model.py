@@ -303,7 +303,11 @@ class DiffusionModel:
         try:
             network, params, files = load_model(folder)
             causal = files.mask_token_id is None  # then its tokenizer knows no mask either
-            ids = {"mask_id": files.mask_token_id, "eos_id": files.eos_token_id, "pad_id": files.pad_token_id}
+            ids: dict[str, Any] = {
+                "mask_id": files.mask_token_id,
+                "eos_id": files.eos_token_id,
+                "pad_id": files.pad_token_id,
+            }
             tokenizer = None if causal or files.tokenizer is None else load_tokenizer(files.tokenizer, **ids)
         except errors.InputError as error:
             raise ModelError.LoadError(str(error), error.hint) from error

@@ -248,8 +248,8 @@ def _block_nll(encode, project, params, tokens, noisy, masked, segments, block_s
     doubled = None if segments is None else jnp.concatenate([segments, segments], axis=1)
     mask = Mask(segments=doubled, dense=block_mask(length, block_size))
     positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), 2)[None]
-    hidden = encode(params, jnp.concatenate([noisy, tokens], axis=1), None, mask, positions)[:, :length]
-    logits = project(params, hidden.reshape(batch * length, -1))
+    hidden = encode(params, jnp.concatenate([noisy, tokens], axis=1), None, mask, positions)
+    logits = project(params, jax.tree.map(lambda h: h[:, :length].reshape(batch * length, *h.shape[2:]), hidden))
     nll = masked_cross_entropy(logits, jnp.where(masked, tokens, -1).reshape(-1), mask_id)
     return jnp.sum(nll.reshape(batch, -1, block_size), axis=2)
 
