@@ -219,7 +219,7 @@ class Drawing:
         if not self.mark:
             raise ConfigError("sample.mark is empty", "such as sample.mark='<mask>'")
         if not all(self.stop):
-            raise ConfigError("sample.stop holds an empty string", "such as sample.stop=['\\n']")
+            raise ConfigError("sample.stop holds an empty string", "such as sample.stop=[END]")
         one_prompt(self.prompt, self.file)
         if not 0 <= self.delay <= 10:
             raise ConfigError(f"sample.delay={self.delay} must be between 0 and 10 seconds")

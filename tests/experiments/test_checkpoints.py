@@ -21,6 +21,7 @@ from ruvjax.decoding.autoregressive import Decoding
 from ruvjax.decoding.batching import Request, decode
 from ruvjax.io.gguf_export import save_gguf
 from ruvjax.io.huggingface import load_model, save_pretrained
+from ruvjax.models.mamba import Mamba
 from ruvjax.models.transformer import Transformer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "record_golden_families.py"
@@ -137,6 +138,19 @@ def test_a_checkpoint_is_sampled_from_the_command_line(folder, workplace, capsys
         save_gguf("m.gguf", model, params, kind, folder / "tokenizer" / "tokenizer.json", tokens=tokens)
         metrics(capsys, sampled("model.path=m.gguf", "sample.prompt=ab", "sample.length=12", *extra))
         assert records()[-1]["texts"] == ["abxyzxyzxyz"]
+
+
+def test_a_mamba_and_reading_everything_again_give_the_same(folder, workplace, capsys):
+    """A random Mamba, sampled through its state and without it: the two programs share nothing but the model."""
+    model = Mamba(vocab_size=264, layers=1, width=16, state=4)
+    params = jax.tree.map(lambda x: 3 * x, init(model, jax.random.key(0)))
+    tokenizer = folder / "tokenizer" / "tokenizer.json"
+    save_pretrained("mamba", model, params, tokenizer, eos_token_id=1, bos_token_id=0)
+    asked = ["model.path=mamba", "sample.prompt=abc", "sample.length=20", "sampler.temperature=1", "sample.count=2"]
+    metrics(capsys, sampled(*asked))
+    cached = records()[-1]["texts"]
+    metrics(capsys, sampled(*asked, "sampler.cache=false"))
+    assert records()[-1]["texts"] == cached and cached[0] != cached[1]
 
 
 def test_a_checkpoint_is_judged_from_the_command_line(folder, workplace, capsys):
