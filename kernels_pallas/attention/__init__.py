@@ -4,8 +4,9 @@ import math
 from functools import partial
 
 import jax
+from jax import lax
 
-from kernels_pallas.attention import cpu, reference, tpu, xla
+from kernels_pallas.attention import cpu, gpu, reference, tpu, xla
 from kernels_pallas.attention.fold import over_batch
 from kernels_pallas.attention.mask import Mask
 from kernels_pallas.attention.rotation import rotate
@@ -30,8 +31,10 @@ def attention(
     q is [batch, length, heads, dim]; k and v are [batch, length, kv_heads, dim] with heads a multiple of kv_heads. The
     result has the shape and dtype of q; a query that may attend to nothing yields zeros. `rotation`, constant tables of
     cos and sin, rotates q and k first as `rotate` does. `scale` is 1/sqrt(dim) by default. `impl` names an
-    implementation (None: the best of the platform). Raises ValueError where the heads do not share evenly,
-    `kernels_pallas.dispatch.ImplError` for an `impl` that is not there or cannot take the operands.
+    implementation ("pallas_gpu" and "pallas_tpu" are the flash kernels, "interpret" the TPU's on any device); None takes
+    the best of the platform: cuDNN or a flash kernel, on a CPU C++, else the XLA form.
+    Raises ValueError where the heads do not share evenly, `kernels_pallas.dispatch.ImplError` for an `impl` that is
+    not there or cannot take the operands.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
@@ -43,7 +46,11 @@ def attention(
         return cpu.attention(q, k, v, mask.allowed(q.shape[1]), rotation, scale)
     if rotation is not None:
         q, k = rotate(q, rotation), rotate(k, rotation)
-    flash = _flash_bodies("forward", q, k, v, scale)
+    if impl is None and "cuda" in platforms() and not gpu.cudnn_unsupported(q, k, v, mask):
+        # The XLA form is checkpointed, so that no program for a GPU saves what only a CPU would need.
+        default = jax.checkpoint(partial(xla.attention, scale=scale))
+        return lax.platform_dependent(q, k, v, mask, cuda=partial(gpu.cudnn, scale=scale), default=default)
+    flash = _flash_bodies("forward", q, k, v, mask, scale)
     chosen = [PLATFORM_BODIES.get(platform) for platform in platforms()] if impl is None else [impl]
     if any(name in flash and name != "xla" and not flash[name].unsupported for name in chosen):
         return _flash(impl, scale, q, k, v, mask)
@@ -55,12 +62,13 @@ def attention(
     return dispatch("attention", impl, flash | bodies, q, k, v, mask)
 
 
-def _flash_bodies(name, q, k, v, scale):
+def _flash_bodies(name, q, k, v, mask, scale):
     """The bodies of "forward" or "backward" that share what the forward pass saves."""
     on_tpu = tpu.unsupported(q, k, v)
     pallas_tpu = getattr(tpu, name)
     return {
         "xla": Body(partial(getattr(xla, name), scale=scale)),
+        "pallas_gpu": Body(over_batch(partial(getattr(gpu, name), scale=scale)), gpu.unsupported(q, k, v, mask)),
         "pallas_tpu": Body(over_batch(partial(pallas_tpu, scale=scale)), on_tpu),
         "interpret": Body(over_batch(partial(pallas_tpu, scale=scale, interpret=True)), on_tpu),
     }
@@ -72,13 +80,13 @@ def _flash(impl, scale, q, k, v, mask):
 
 
 def _flash_fwd(impl, scale, q, k, v, mask):
-    out, lse = dispatch("attention", impl, _flash_bodies("forward", q, k, v, scale), q, k, v, mask)
+    out, lse = dispatch("attention", impl, _flash_bodies("forward", q, k, v, mask, scale), q, k, v, mask)
     return out, (q, k, v, mask, out, lse)
 
 
 def _flash_bwd(impl, scale, saved, dout):
-    q, k, v, *_ = saved
-    bodies = _flash_bodies("backward", q, k, v, scale)
+    q, k, v, mask, *_ = saved
+    bodies = _flash_bodies("backward", q, k, v, mask, scale)
     return *dispatch("attention", impl, bodies, *saved, dout), None
 
 

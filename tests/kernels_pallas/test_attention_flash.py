@@ -1,9 +1,14 @@
 """The flash bodies: interpreted against the oracle, and lowered for the chips they are for. Never run on one here."""
 
+from dataclasses import replace
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels_pallas import compat
 from kernels_pallas.attention import Mask, attention, blocks, tpu
@@ -15,9 +20,11 @@ LENGTH = 300  # three blocks of 128, of which the last is not full
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(tpu, "heuristic", lambda length: tpu.Tiles(128, 128))
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpu, "heuristic", lambda length: tpu.Tiles(128, 128))
+        yield
 
 
 def draw(batch=2, length=LENGTH, heads=4, kv_heads=2, dim=16, dtype="float32"):
@@ -137,6 +144,86 @@ def test_it_lowers_for_a_tpu_and_takes_the_place_of_xla_there(monkeypatch):
     assert text(None, None).count("tpu_custom_call") == 3
     given = draw(length=20)  # the same program on the CPU beside
     check(both(given, Mask(block=3), None), both(given, Mask(block=3), "reference"), TOLERANCE["float32"])
+
+
+@settings(max_examples=4)  # each compiles anew
+@given(
+    st.integers(1, 2),
+    st.integers(1, 140),
+    st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    st.sampled_from([8, 24]),
+    st.booleans(),
+    st.sampled_from(["", "block", "window", "diffusion"]),
+    st.sampled_from(["", "lengths", "segments", "dense"]),
+    st.integers(1, 9),
+)
+def test_any_shape_and_mask(batch, length, heads, dim, causal, positions, rows, size):
+    length = 2 * length if positions == "diffusion" else length
+    random = np.random.default_rng(length)
+    drawn = {
+        "lengths": random.integers(0, length + 1, batch),
+        "segments": random.integers(0, 3, (batch, length)),
+        "dense": random.random((batch, length, length)) < 0.5,
+    }
+    mask = Mask(causal=causal)
+    if positions:
+        mask = replace(mask, **{positions: size})
+    if rows:
+        mask = replace(mask, **{rows: jnp.asarray(drawn[rows])})
+    keys = jax.random.split(jax.random.key(length), 3)
+    q, k, v = (jax.random.normal(key, (batch, length, n, dim)) for key, n in zip(keys, (heads[0], heads[1], heads[1])))
+
+    @jax.jit
+    def gradients(q, k, v, mask):
+        bodies = [partial(attention, mask=mask, impl=impl) for impl in ("interpret", "xla", "reference")]
+        return [jax.vjp(body, q, k, v)[1](q) for body in bodies]
+
+    interpreted, xla, expected = gradients(q, k, v, mask)
+    for ours in (interpreted, xla):
+        for a, b in zip(ours, expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+
+
+def races_of(function, *operands):
+    """Whether the race detector of the TPU interpreter found any, with two cores that share the parallel programs."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    options = compat.mosaic_tpu().InterpretParams(detect_races=True, num_cores_or_threads=2)
+    jax.block_until_ready(jax.jit(partial(function, interpret=options))(*operands))
+    assert interpreter.races is not None
+    return interpreter.races.races_found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["none", "segments", "diffusion"])
+def test_the_kernels_do_not_race_and_one_that_does_is_found(name):
+    from jax.experimental import pallas as pl
+
+    (q, k, v, weight), mask = draw(batch=1), masks()[name] or Mask()
+    mask = jax.tree.map(lambda x: x[:1], mask)
+
+    def both(q, k, v, weight, interpret):
+        out, lse = tpu.forward(q, k, v, mask, 0.25, interpret=interpret)
+        return tpu.backward(q, k, v, mask, out, lse, weight, 0.25, interpret=interpret)
+
+    def racing(x, interpret):
+        """Every program writes the same block."""
+
+        def kernel(x_ref, out_ref):
+            out_ref[...] = x_ref[...]
+
+        return pl.pallas_call(
+            kernel,
+            grid=(2,),
+            in_specs=[pl.BlockSpec((8, 128), lambda i: (i, 0))],
+            out_specs=pl.BlockSpec((8, 128), lambda i: (0, 0)),
+            out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+            compiler_params=compat.mosaic_tpu().CompilerParams(dimension_semantics=("parallel",)),
+            interpret=interpret,
+        )(x)
+
+    assert races_of(racing, jnp.ones((16, 128)))
+    assert not races_of(both, q, k, v, weight)
 
 
 def test_what_a_tpu_cannot_take_is_refused_by_name():
