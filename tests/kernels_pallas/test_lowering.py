@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels_pallas import compat
-from kernels_pallas.kv_attention import append, empty_pages, empty_tiers, kv_attention, migrate
+from kernels_pallas.dispatch import ImplError
+from kernels_pallas.kv_attention import append, empty_pages, empty_tiers, evict, gpu, kv_attention, migrate, release
 from kernels_pallas.lora_bank import lora_bank
 from kernels_pallas.quant_matmul import KINDS, quant_matmul, quantize
 from kernels_pallas.selective_scan import selective_scan
@@ -125,6 +126,88 @@ def test_paged_attention_lowers_for_a_tpu(dtype, bits, kinds):
     operands = (jnp.zeros((2, 1, 8, 128), dtype), tiers, pages)
     assert KERNEL["tpu"] in lowered(lambda *o: kv_attention(*o, impl="pallas_tpu"), operands, "tpu")
     assert KERNEL["tpu"] not in lowered(lambda *o: kv_attention(*o, impl="xla"), operands, "tpu")
+
+
+GPU_CACHES = [
+    (0, "float32", {}),
+    (0, "bfloat16", {"dim": 64}),
+    (8, "float32", {}),
+    (8, "bfloat16", {"rotated": True}),
+    (4, "bfloat16", {"page": 128, "dim": 64}),
+    (4, "float32", {"page": 128, "dim": 64, "key_scales": "token", "value_scales": "channel"}),
+]
+
+
+@needs_gpu_bodies
+@pytest.mark.parametrize(("bits", "dtype", "kinds"), GPU_CACHES)
+def test_paged_attention_lowers_for_a_gpu(bits, dtype, kinds):
+    pages, tiers = cache(bits, dtype=dtype, **kinds)
+    operands = (jnp.zeros((2, 1, 8, kinds.get("dim", 128)), dtype), tiers, pages)
+    assert KERNEL["cuda"] in lowered(lambda *o: kv_attention(*o, impl="pallas_gpu"), operands, "cuda")
+    assert KERNEL["cuda"] not in lowered(lambda *o: kv_attention(*o, impl="xla"), operands, "cuda")
+
+
+def on_interpreted_gpu(q, tiers, pages):
+    """The GPU body, and how far the oracle is from it."""
+    with compat.mosaic_gpu().force_gpu_interpret_mode():
+        found = jax.jit(lambda *o: kv_attention(*o, impl="pallas_gpu"))(q, tiers, pages)
+    expected = kv_attention(q, tiers, pages, impl="reference")
+    return found, np.abs(np.asarray(found - expected, np.float32)).max()
+
+
+@needs_gpu_interpreter
+@pytest.mark.parametrize(
+    ("bits", "dtype", "kinds"),
+    [
+        pytest.param(*case, marks=[] if case[0] == 8 and case[1] == "float32" else pytest.mark.slow)
+        for case in GPU_CACHES
+    ],
+)
+def test_the_interpreted_gpu_paged_attention_is_the_oracle(bits, dtype, kinds, monkeypatch):
+    """Two queries that see different keys, and two pages to a run: the buffers are used again, and runs are merged."""
+    page, dim = kinds.get("page", 64), kinds.get("dim", 128)
+    monkeypatch.setattr(gpu, "PROGRAMS", 8)
+    pages, tiers = cache(bits, dtype=dtype, length=3 * page + 1, **kinds)
+    q = jax.random.normal(jax.random.key(3), (2, 2, 4, dim)).astype(dtype)
+    found, distance = on_interpreted_gpu(q, tiers, pages)
+    assert distance < (1e-5 if dtype == "float32" else 1e-2)
+    swapped = kv_attention(q[:, ::-1], tiers, pages, impl="reference")[:, ::-1]  # each sees what the other should
+    assert np.abs(np.asarray(found - swapped, np.float32)).max() > 0.01
+
+
+@needs_gpu_interpreter
+def test_the_interpreted_gpu_paged_attention_of_nothing_and_beside_nan(monkeypatch):
+    """An emptied sequence, a store that has lost its beginning, and NaN in every page that holds nothing."""
+    monkeypatch.setattr(gpu, "PROGRAMS", 4)
+    pages, tiers = cache(8, dtype="float32", length=3 * 64 + 5)
+    pages = release(evict(pages, 100), jnp.array([False, True]))
+    free = jnp.where(pages.tail_users == 0)[0]
+    nan = {
+        name: getattr(tiers, name).replace(bits=getattr(tiers, name).bits.at[free].set(-1))
+        for name in ("tail_k", "tail_v")
+    }
+    q = jax.random.normal(jax.random.key(3), (2, 1, 2, 128))
+    found, distance = on_interpreted_gpu(q, tiers.replace(**nan), pages)
+    assert distance < 1e-5 and not np.asarray(found[1]).any() and np.abs(found[0]).max() > 0.01
+
+
+def test_what_the_gpu_paged_attention_is_not_for_is_refused():
+    pages, tiers = cache(4, dtype="float32", length=10)
+    for shape, why in (((2, 9, 2, 128), "9 rows"), ((2, 1, 32, 128), "16 rows"), ((2, 1, 2, 128), "multiples of 128")):
+        with pytest.raises(ImplError, match=why):
+            kv_attention(jnp.zeros(shape), tiers, pages, impl="pallas_gpu")
+    with pytest.raises(ImplError, match="a head dimension of 32"):
+        pages, tiers = cache(0, dim=32, length=10)
+        kv_attention(jnp.zeros((2, 1, 2, 32)), tiers, pages, impl="pallas_gpu")
+
+
+def test_where_xla_is_the_gpu_form_a_kernel_is_refused_with_the_reason():
+    weight = quantize(np.ones((256, 128), np.float32), "Q8_0")
+    with pytest.raises(ImplError, match="quant_matmul.*XLA fuses the dequantization"):
+        quant_matmul(jnp.zeros((1, 256)), weight, impl="pallas_gpu")
+    a, b, ids = jnp.zeros((4, 128, 8)), jnp.zeros((4, 8, 128)), jnp.zeros((2, 5, 1), jnp.int32)
+    with pytest.raises(ImplError, match="lora_bank.*XLA's form costs half of the base matrix"):
+        lora_bank(jnp.zeros((2, 5, 128)), a, b, ids, impl="pallas_gpu")
 
 
 @needs_tpu_bodies
