@@ -31,8 +31,8 @@ def attention(
     q is [batch, length, heads, dim]; k and v are [batch, length, kv_heads, dim] with heads a multiple of kv_heads. The
     result has the shape and dtype of q; a query that may attend to nothing yields zeros. `rotation`, constant tables of
     cos and sin, rotates q and k first as `rotate` does. `scale` is 1/sqrt(dim) by default. `impl` names an
-    implementation ("pallas_gpu" and "pallas_tpu" are the flash kernels, "interpret" the TPU's on any device); None takes
-    the best of the platform: cuDNN or a flash kernel, on a CPU C++, else the XLA form.
+    implementation ("pallas_gpu" and "pallas_tpu" are the flash kernels, "interpret" the TPU's on any device); None
+    takes the best of the platform: cuDNN or a flash kernel, on a CPU C++, else the XLA form.
     Raises ValueError where the heads do not share evenly, `kernels_pallas.dispatch.ImplError` for an `impl` that is
     not there or cannot take the operands.
     """
