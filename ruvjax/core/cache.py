@@ -64,8 +64,9 @@ def arrange(cache: KVCache, mask: Mask, batch: int, length: int) -> Chunk:
 
     Raises ConfigError where the chunk exceeds the capacity, or where the mask holds what a cache cannot express.
     """
-    if mask.dense is not None:
-        raise ConfigError("a mask of all pairs (dense) does not go with a cache", "causal, block, window, segments")
+    if mask.dense is not None or mask.lengths is not None or mask.diffusion:
+        hint = "causal, block, window, segments"
+        raise ConfigError("a mask with dense, lengths or diffusion does not go with a cache", hint)
     if batch != cache.length.shape[0]:
         raise ConfigError(f"the cache holds {cache.length.shape[0]} rows, the tokens {batch}")
     if length > cache.capacity:

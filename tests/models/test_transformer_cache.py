@@ -136,7 +136,8 @@ def test_errors():
         TINY.apply(params, text(), cache=cache)
     with pytest.raises(ConfigError, match="holds 2 rows, the tokens 1"):
         TINY.apply(params, text(1, 2), cache=cache)
-    with pytest.raises(ConfigError, match="dense"):
-        TINY.apply(params, text(2, 2), cache=cache, mask=Mask(dense=jnp.ones((1, 2, 2), bool)))
+    for mask in (Mask(dense=jnp.ones((1, 2, 2), bool)), Mask(lengths=jnp.array([1, 2])), Mask(diffusion=1)):
+        with pytest.raises(ConfigError, match="does not go with a cache"):
+            TINY.apply(params, text(2, 2), cache=cache, mask=mask)
     with pytest.raises(ConfigError, match="shifted logits has no cache"):
         dataclasses.replace(TINY, shift=True).apply(params, text(2, 2), cache=cache)
