@@ -74,7 +74,7 @@ def _gguf_tokenizer(file: GgufFile, files: ModelFiles) -> Tokenizer | None:
         return load_tokenizer(extract_tokenizer(file, folder), **_ids(files))
 
 
-def _ids(files: ModelFiles) -> dict[str, int | None]:
+def _ids(files: ModelFiles) -> dict[str, Any]:
     return {"mask_id": files.mask_token_id, "eos_id": files.eos_token_id, "pad_id": files.pad_token_id}
 
 
