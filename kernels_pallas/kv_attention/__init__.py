@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas import compat
 from kernels_pallas.dispatch import Body, dispatch
-from kernels_pallas.kv_attention import reference, tpu, xla
+from kernels_pallas.kv_attention import gpu, reference, tpu, xla
 from kernels_pallas.kv_attention.pages import (
     CacheError,
     Migration,
@@ -69,10 +69,6 @@ __all__ = [
     "write",
 ]
 
-# At 32 and more rows for each key head (queries x group) this op is bound by arithmetic on a GPU, where a smaller store
-# saves memory and no time; below, int8 can gain at most 1.9x and int4 3.5x over bfloat16. That has not been measured.
-NO_GPU_KERNEL = "no GPU kernel is written for kv_attention"
-
 
 def kv_attention(
     q: Float[Array, "batch length heads dim"],
@@ -89,8 +85,12 @@ def kv_attention(
     are by default the last `length` ones of each sequence, so that a chunk which has just been appended attends
     causally within itself. Queries that shall see everything get `pages.lengths - 1`; one that may see nothing
     (position -1, an empty sequence) yields zeros. `scale` is 1/sqrt(dim) by default. The result has the shape and dtype
-    of q. It is not differentiable on all implementations: decoding needs no gradient. Raises ValueError where heads,
-    dim or batch do not fit the cache, `kernels_pallas.dispatch.ImplError` for an `impl` that is not there.
+    of q. It is not differentiable on all implementations: decoding needs no gradient.
+
+    The GPU kernel is for decoding, up to 8 rows (queries x group) for each key head. With more of them the op is bound
+    by arithmetic, a smaller store saves memory and no time, and the XLA form is the one to take; it also is where a
+    page or head dimension does not fit, which `impl="pallas_gpu"` says. Raises ValueError where heads, dim or batch do
+    not fit the cache, `kernels_pallas.dispatch.ImplError` for an `impl` that is not there.
     """
     batch, length, heads, dim = q.shape
     _, kv_heads, page, cached_dim = tiers.tail_k.bits.shape
@@ -108,7 +108,7 @@ def kv_attention(
     bodies = {
         "reference": Body(partial(reference.kv_attention, scale=scale)),
         "xla": Body(partial(xla.kv_attention, scale=scale)),
-        "pallas_gpu": Body(partial(xla.kv_attention, scale=scale), NO_GPU_KERNEL),
+        "pallas_gpu": Body(partial(gpu.kv_attention, scale=scale), gpu.unsupported(q, tiers, pages)),
         "pallas_tpu": Body(
             partial(tpu.kv_attention, scale=scale), compat.missing("tpu") or tpu.unsupported(q, tiers, pages)
         ),

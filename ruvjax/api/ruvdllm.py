@@ -3,7 +3,7 @@
     llm = RuvDLLM.load("runs/train/<stamp>")
     print(llm.generate("def main():", 100))
 
-What is documented and not written yet (learning, federation, TALoRA, DGR, 4-bit weights) raises NotYetError.
+What is documented and not written yet (learning, federation, TALoRA, DGR) raises NotYetError.
 """
 
 import os
@@ -164,7 +164,7 @@ class RuvDLLM:
 
     @classmethod
     def load(cls, model_path: str | os.PathLike[str]) -> "RuvDLLM":
-        """Load a model folder, or a run that exported one, with the default configuration.
+        """Load a model folder, a run that exported one, or a GGUF file, with the default configuration.
 
         Raises ModelError.LoadError or ModelError.ConfigError.
         """

@@ -20,13 +20,13 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.attention import Mask
 from ruvjax import errors
 from ruvjax.api.ruvdllm_errors import ConfigError, GenerationError, ModelError
+from ruvjax.api.ruvdllm_files import Read, read_files
 from ruvjax.core.model import Output
 from ruvjax.core.rope import RopeScaling
-from ruvjax.data.tokenize import Tokenizer, load_tokenizer
+from ruvjax.data.tokenize import Tokenizer
 from ruvjax.diffusion.sampler import Forward
 from ruvjax.diffusion.schedule import Kind, Schedule
-from ruvjax.errors import NotYetError
-from ruvjax.io.huggingface import load_model, read_config
+from ruvjax.io.huggingface import read_config
 from ruvjax.io.layout import read_transformer
 from ruvjax.models.transformer import Transformer
 
@@ -273,7 +273,8 @@ class DiffusionModel:
     """A network with its parameters, schedule and tokenizer.
 
     mask_id is None for a checkpoint that was never trained to denoise: it can run forward and cannot generate.
-    block_size: that of a model trained block by block, else 0. impl: the attention implementation (None: best).
+    end_ids: tokens beside eos_id that end a text. block_size: that of a model trained block by block, else 0.
+    impl: the attention implementation (None: best).
     """
 
     network: Transformer
@@ -283,6 +284,7 @@ class DiffusionModel:
     mask_id: int | None = None
     eos_id: int | None = None
     pad_id: int | None = None
+    end_ids: tuple[int, ...] = ()
     block_size: int = 0
     impl: str | None = None
     model_type: str = ""
@@ -290,46 +292,43 @@ class DiffusionModel:
 
     @classmethod
     def load_f16(cls, path: str | os.PathLike[str]) -> "DiffusionModel":
-        """Load unquantized weights (16 or 32 bits, kept as stored) from a model folder, or a run that exported one.
+        """Load unquantized weights (16 or 32 bits, kept as stored) from a model folder, or a run that exported one;
+        or a GGUF file, whose weights become 16 bits.
 
         Raises ModelError.LoadError for files that are missing or damaged, ModelError.ConfigError for diffusion settings
         that cannot be used.
         """
-        folder = Path(path).expanduser()
-        if (folder / "model" / "config.json").is_file():
-            folder = folder / "model"
-        try:
-            network, params, files = load_model(folder)
-            causal = files.mask_token_id is None  # then its tokenizer knows no mask either
-            tokenizer = None if causal or files.tokenizer is None else load_tokenizer(files.tokenizer)
-        except errors.InputError as error:
-            raise ModelError.LoadError(str(error), error.hint) from error
-        source = str(folder / "config.json")
-        if not isinstance(network, Transformer):
-            raise ModelError.LoadError(f"{source}: this is a Mamba, and no diffusion transformer", "ruvjax.api.repair")
+        return cls._of(read_files(Path(path).expanduser(), four_bits=False))
+
+    @classmethod
+    def load_q4(cls, path: str | os.PathLike[str]) -> "DiffusionModel":
+        """Load with quantized matrices, which every product multiplies by without dequantizing them first.
+
+        A GGUF file keeps the blocks it holds (Q4_0, Q4_K, Q8_0). The matrices of anything that `load_f16` reads are
+        quantized on loading, to Q4_K, or Q4_0 where a row is no multiple of 256 weights; embeddings and head to Q8_0.
+        Raises as `load_f16` does, and ModelError.QuantizationError for rows that are no multiple of 32.
+        """
+        return cls._of(read_files(Path(path).expanduser(), four_bits=True))
+
+    @classmethod
+    def _of(cls, read: Read) -> "DiffusionModel":
+        files = read.files
         block_size = files.diffusion.get("block_size", 0)
         if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 0:
-            raise ModelError.ConfigError(f"{source}: block_size={block_size!r}", "export the model again")
-        if tokenizer is not None and tokenizer.vocab_size > network.vocab_size:
-            sizes = f"{tokenizer.vocab_size} entries, the model {network.vocab_size}"
-            raise ModelError.LoadError(f"{folder}: the tokenizer has {sizes}", "copy the right one")
+            raise ModelError.ConfigError(f"{read.source}: block_size={block_size!r}", "export the model again")
         return cls(
-            network=network,
-            params=params,
-            noise=_schedule_of(dict(files.diffusion), source),
-            tokenizer=tokenizer,
+            network=read.network,
+            params=read.params,
+            noise=_schedule_of(dict(files.diffusion), read.source),
+            tokenizer=read.tokenizer,
             mask_id=files.mask_token_id,
             eos_id=files.eos_token_id,
             pad_id=files.pad_token_id,
+            end_ids=tuple(end for end in files.eos_token_ids if end not in (files.eos_token_id, files.mask_token_id)),
             block_size=block_size,
             model_type=files.model_type,
             weights=files.weights,
         )
-
-    @classmethod
-    def load_q4(cls, path: str | os.PathLike[str]) -> "DiffusionModel":
-        """Loads 4-bit weights; not there yet."""
-        raise NotYetError("DiffusionModel.load_q4: quantized weights cannot be read yet", "use load_f16")
 
     def forward(
         self,

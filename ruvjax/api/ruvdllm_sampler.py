@@ -168,7 +168,8 @@ class _Row:
 
     def finish(self, state: SamplerState) -> Generated:
         tokens = np.asarray(state.tokens)[0, self.start : self._settled(state)]
-        specials = [number for number in (self.mask_id, self.model.eos_id, self.model.pad_id) if number is not None]
+        named = (self.mask_id, self.model.eos_id, self.model.pad_id, *self.model.end_ids)
+        specials = [number for number in named if number is not None]
         count = int((~np.isin(np.asarray(state.tokens)[0, self.start : self.end], specials)).sum())
         return Generated(self.tokenizer.decode(tokens), count, int(state.nfe[0]))
 
@@ -221,7 +222,10 @@ def _finish_sampler(model: DiffusionModel, config: SamplerConfig | Sampler, pad_
     if isinstance(sampler, SamplerConfig):
         sampler = dataclasses.replace(sampler.sampler(), schedule=model.noise.schedule)
         if model.eos_id is not None and model.eos_id != model.mask_id:
-            sampler = dataclasses.replace(sampler, eos_id=model.eos_id, eos_handling="stop", pad_id=pad_id)
+            ends = {"eos_id": model.eos_id, "end_ids": model.end_ids, "pad_id": pad_id}
+            sampler = dataclasses.replace(sampler, eos_handling="stop", **ends)
     if model.block_size:
         sampler = dataclasses.replace(sampler, block_size=model.block_size, block_origin="canvas")
+    if model.tokenizer is not None and model.tokenizer.vocab_size < model.network.vocab_size:
+        sampler = dataclasses.replace(sampler, vocabulary=model.tokenizer.vocab_size)
     return sampler

@@ -58,3 +58,13 @@ def cosine_count(
     # The small term keeps float32's cosine of a third of pi from falling short of a half.
     stay = jnp.floor(total * jnp.cos(0.5 * jnp.pi * (step + 1) / steps) + 1e-3).astype(jnp.int32)
     return jnp.maximum(remaining - jnp.maximum(stay, 0), 1)
+
+
+def dream_count(
+    remaining: Int[Array, " batch"], step: Int[Array, " batch"], steps: Int[Array, " batch"]
+) -> Int[Array, " batch"]:
+    """How many to commit in step `step` (from 0) of `steps` by Dream's published rule (Ye et al. 2025): of the masks
+    the share 1 - s/t, rounded down and possibly none, for times evenly from 1 to 0.001; in the last step all."""
+    t, s = (1.0 - (step + k).astype(jnp.float32) * (jnp.float32(0.999) / steps) for k in (0, 1))
+    count = jnp.floor(remaining.astype(jnp.float32) * (1.0 - s / t)).astype(jnp.int32)
+    return jnp.where(step + 1 >= steps, remaining, count)

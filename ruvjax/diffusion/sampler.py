@@ -25,7 +25,7 @@ from ruvjax.errors import ConfigError
 Forward = Callable[[Any, jax.Array, jax.Array, Any], tuple[Output, Any]]
 
 Order = Literal["ancestral", "first_hitting", "random", "confidence", "entropy", "margin"]
-Grid = Literal["uniform", "cosine"]
+Grid = Literal["uniform", "cosine", "dream"]
 Remask = Literal["none", "cap", "rescale", "conf", "loop"]
 EosHandling = Literal["none", "suppress", "stop"]
 BlockOrigin = Literal["prompt", "canvas"]
@@ -46,7 +46,9 @@ class Sampler:
                  and tokens_per_step take the passes they need instead.
     schedule:    the mask probability at each time. The model's `time` is the sampled time (ancestral, first_hitting),
                  or the time at which the share now masked in the block is the expected one (the others).
-    grid:        the sampled times: uniform, or cosine (few tokens early, many late).
+    grid:        the sampled times: uniform, or cosine (few tokens early, many late). With random and the ranked orders
+                 also dream: floor(masks (1 - s/t)) a step, times t > s evenly from 1 to 0.001, and the rest in the last
+                 step, as Dream's published loop counts.
     threshold:   with confidence and margin commit all above it, with entropy all below it (nats), and always the
                  surest (0: off).
     factor:      with confidence: commit the n surest, n the largest with (n + 1)(1 - c_(n)) < factor (0: off).
@@ -62,6 +64,9 @@ class Sampler:
     temperature, top_k, top_p, min_p: of the token draw (0 is greedy; 0, 1 and 0 are off). They do not change the
                  confidence, entropy and margin that positions are ranked by.
     repetition_penalty: on the tokens of the row (1: off).
+    end_ids:     further tokens that end a text; what is said of the end token holds for them.
+    vocabulary:  draw only from the first so many tokens (0: all). The tables of published models have more rows than
+                 their tokenizers have tokens.
     eos_handling: suppress: the end token is never drawn, and no confidence comes from it. stop: once an end token and
                  all to its left are committed, the free positions after it become `pad_id` (-1: eos_id) and the row
                  is finished.
@@ -90,6 +95,8 @@ class Sampler:
     eos_id: int = -1
     eos_handling: EosHandling = "none"
     pad_id: int = -1
+    end_ids: tuple[int, ...] = ()
+    vocabulary: int = 0
 
     def __post_init__(self):
         for name, kind in (
@@ -107,6 +114,7 @@ class Sampler:
             ("top_k", 0),
             ("eos_id", -1),
             ("pad_id", -1),
+            ("vocabulary", 0),
         ):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
@@ -129,9 +137,10 @@ class Sampler:
             _require(name, value, number and low <= value <= high, f"a number from {low:g} to {high:g}")
         _require("schedule", self.schedule, isinstance(self.schedule, Schedule), "a Schedule")
         ranked = self.order in ("confidence", "entropy", "margin")
+        counted = ranked or self.order == "random"
+        _require("grid", self.grid, self.grid != "dream" or counted, f"uniform or cosine with order={self.order}")
         _require("threshold", self.threshold, not self.threshold or ranked, f"0 with order={self.order}")
         _require("factor", self.factor, not self.factor or self.order == "confidence", "0 unless order=confidence")
-        counted = ranked or self.order == "random"
         _require(
             "tokens_per_step", self.tokens_per_step, not self.tokens_per_step or counted, f"0 with order={self.order}"
         )
@@ -147,8 +156,6 @@ class Sampler:
             raise ConfigError(f"sampler.t_on={self.t_on} and t_off={self.t_off} make no loop", "0 < t_off < t_on < 1")
         if self.remask == "loop" and not 0 < self.loop_alpha < 1:
             raise ConfigError(f"sampler.loop_alpha={self.loop_alpha} must lie between 0 and 1, both excluded")
-        if self.eos_handling != "none" and self.eos_id < 0:
-            raise ConfigError(f"sampler.eos_handling={self.eos_handling!r} needs an end token", "set sampler.eos_id")
 
 
 def _require(name, value, ok, allowed):
@@ -200,10 +207,14 @@ def init_state(
     """The state before the first step. Positions of `tokens` that are not `mask_id` are fixed: prompt or context.
 
     A row's randomness is folded from `key` by its `row_index` (default: 0, 1, ...), so that it does not depend on where
-    the row lies in the batch. Raises ConfigError for a pad or end token that is the mask.
+    the row lies in the batch. Raises ConfigError for a pad or end token that is the mask, and where `eos_handling` asks
+    for an end token and there is none.
     """
+    if sampler.eos_handling != "none" and sampler.eos_id < 0:
+        raise ConfigError(f"sampler.eos_handling={sampler.eos_handling!r} needs an end token", "set sampler.eos_id")
     _require("pad_id", sampler.pad_id, sampler.pad_id != mask_id, f"not the mask token {mask_id}")
     _require("eos_id", sampler.eos_id, sampler.eos_id != mask_id, f"not the mask token {mask_id}")
+    _require("end_ids", sampler.end_ids, mask_id not in sampler.end_ids, f"not the mask token {mask_id}")
     tokens = jnp.asarray(tokens, jnp.int32)
     batch, _ = tokens.shape
     free = tokens == mask_id

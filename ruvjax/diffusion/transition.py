@@ -205,6 +205,8 @@ def _ranked(sampler, now):
         else:
             if sampler.tokens_per_step:
                 count = jnp.full_like(remaining, sampler.tokens_per_step)
+            elif sampler.grid == "dream":
+                count = ordering.dream_count(remaining, now.step, now.steps)
             elif sampler.grid == "uniform":
                 count = ordering.even_count(remaining, now.steps - now.step)
             else:
@@ -235,7 +237,10 @@ def _logits(sampler, forward, params, state, time, look):
         logits = repetition_penalty(logits, seen[:, None, :], sampler.repetition_penalty)
     forbidden = [state.mask_id]
     if sampler.eos_handling == "suppress":
-        forbidden.append(sampler.eos_id)
+        forbidden += [sampler.eos_id, *sampler.end_ids]
+    if 0 < sampler.vocabulary < logits.shape[-1]:
+        known = jnp.arange(logits.shape[-1]) < sampler.vocabulary
+        logits = jnp.where(known, logits, LOG_ZERO)
     return suppress(logits, forbidden), carry
 
 
@@ -246,11 +251,13 @@ def _finite(logits):
 def _draw(sampler, now, logits, mask_id) -> Unmasked:
     width, vocabulary = logits.shape[1:]
     noise = floor = None
+    # Top-p counts among what top-k leaves, and needs its floor; without it the draw finds the k largest on its own.
+    top_k = 0 if sampler.top_p < 1.0 else sampler.top_k
     if sampler.temperature:
         noise = jax.vmap(lambda key: draw_noise(key, (width,), vocabulary))(now.key(0))
-        limits = {"top_k": sampler.top_k, "top_p": sampler.top_p, "min_p": sampler.min_p}
+        limits = {"top_k": sampler.top_k - top_k, "top_p": sampler.top_p, "min_p": sampler.min_p}
         floor = draw_floor(logits, temperature=sampler.temperature, **limits)
-    drawn = unmask(logits, noise, floor=floor, temperature=sampler.temperature)
+    drawn = unmask(logits, noise, floor=floor, temperature=sampler.temperature, top_k=top_k)
     # Only NaN logits, or probability 0 for every token, can lead to the mask; it must not come out even then.
     return drawn._replace(token=jnp.where(drawn.token == mask_id, 0 if mask_id else 1, drawn.token))
 
@@ -265,7 +272,7 @@ def _stop_at_end(sampler, state, active):
     def first(where):
         return jnp.where(jnp.any(where, axis=-1), jnp.argmax(where, axis=-1), length)[:, None]
 
-    end = first(state.free & (state.tokens == sampler.eos_id))
+    end = first(state.free & jnp.isin(state.tokens, jnp.array([sampler.eos_id, *sampler.end_ids])))
     stop = (end < length) & (end < first(state.free & (state.tokens == state.mask_id))) & active[:, None]
     pad = stop & state.free & (position > end)
     return state.replace(

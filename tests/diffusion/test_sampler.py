@@ -364,7 +364,7 @@ def test_the_forward_is_told_the_time_of_its_order():
         ({"order": "random", "remask": "cap"}, r"sampler.remask='cap'"),
         ({"remask": "loop", "t_on": 0.1, "t_off": 0.2}, r"0 < t_off < t_on"),
         ({"remask": "loop", "loop_alpha": 1.0}, r"sampler.loop_alpha"),
-        ({"eos_handling": "stop"}, r"sampler.eos_id"),
+        ({"grid": "dream"}, r"sampler.grid='dream'.*order=ancestral"),
     ],
 )
 def test_configurations_that_make_no_sense_are_refused(wrong, says):
@@ -373,6 +373,10 @@ def test_configurations_that_make_no_sense_are_refused(wrong, says):
     assert re.search(says, error.value.line())
 
 
-def test_the_mask_may_not_serve_as_padding():
+def test_the_mask_may_not_serve_as_padding_nor_an_end_token_be_missing():
+    with pytest.raises(ConfigError, match="needs an end token"):
+        init_state(Sampler(eos_handling="stop"), START, jax.random.key(0), mask_id=MASK)
+    with pytest.raises(ConfigError, match="end_ids"):
+        init_state(Sampler(eos_id=1, end_ids=(MASK,)), START, jax.random.key(0), mask_id=MASK)
     with pytest.raises(ConfigError, match="pad_id"):
         init_state(Sampler(eos_id=1, eos_handling="stop", pad_id=MASK), START, jax.random.key(0), mask_id=MASK)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels_pallas.dispatch import ImplError
 from kernels_pallas.lora_bank import compact, lora_bank, xla
@@ -67,6 +69,22 @@ def test_compact_selects_the_same_updates_from_a_smaller_bank():
     assert selected.size == ids.size
     found = lora_bank(x, a[selected], b[selected], local, weights)
     np.testing.assert_allclose(found, lora_bank(x, a, b, ids, weights), atol=1e-5)
+
+
+@settings(max_examples=8)  # each shape compiles anew
+@given(*[st.integers(0, 3)] * 2, st.integers(1, 9), st.integers(1, 6), st.integers(0, 3), st.booleans())
+def test_any_shape_agrees_with_the_reference(batch, length, bank, rank, k, per_position):
+    random = np.random.default_rng(batch + 10 * length + 100 * bank)
+    shapes = ((batch, length, 5), (bank, 5, rank), (bank, rank, 7))
+    x, a, b = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes)
+    shape = (batch, length, k) if per_position else (batch, k)
+    ids = jnp.asarray(random.integers(-2, bank + 2, shape), jnp.int32)  # some outside of the bank
+    weights = jnp.asarray(random.normal(size=shape), jnp.float32)
+    found, expected = jax.jit(lambda *o: [lora_bank(*o, impl=impl) for impl in (None, "reference")])(
+        x, a, b, ids, weights
+    )
+    assert found.shape == (batch, length, 7)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_selected_and_nothing_given():

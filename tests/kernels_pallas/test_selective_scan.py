@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels_pallas.dispatch import ImplError
 from kernels_pallas.selective_scan import chunk, selective_scan, ssd, state_space_dual
@@ -149,6 +151,21 @@ def test_a_step_of_size_zero_changes_no_state(dual):
     inputs[1] = jnp.zeros_like(inputs[1])
     _, final = run(state_space_dual if dual else selective_scan, *inputs, None, "xla")
     np.testing.assert_array_equal(final, inputs[6])
+
+
+@settings(max_examples=8)  # each shape compiles anew
+@given(st.integers(0, 3), st.integers(0, 70), st.integers(1, 5), st.integers(1, 4), st.booleans(), st.integers(0, 999))
+def test_any_shape_agrees_with_the_reference(batch, length, width, state, resets, seed):
+    rng = np.random.default_rng(seed)
+    x, delta = rng.normal(size=(batch, length, width)), np.exp(rng.normal(size=(batch, length, width)) - 1)
+    a, (b, c) = -np.exp(rng.normal(size=(width, state))), rng.normal(size=(2, batch, length, state))
+    operands = (x, delta, a, b, c, rng.normal(size=width), rng.normal(size=(batch, width, state)))
+    operands = tuple(jnp.asarray(value, jnp.float32) for value in operands)
+    reset = jnp.asarray(rng.random((batch, length)) < 0.1) if resets else None
+    got, expected = (run(selective_scan, *operands, reset, impl) for impl in (None, "reference"))
+    for one, other in zip(got, expected):
+        assert one.shape == other.shape
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
 
 
 def test_bfloat16_inputs_are_scanned_in_float32():

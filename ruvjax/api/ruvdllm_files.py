@@ -1,0 +1,105 @@
+"""What DiffusionModel reads: a model folder or a GGUF file, as it is stored or with its matrices in 4 bits."""
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kernels_pallas.quant_matmul import QuantizedWeight, quantize
+from ruvjax import errors
+from ruvjax.api.ruvdllm_errors import ModelError
+from ruvjax.data.tokenize import Tokenizer, load_tokenizer
+from ruvjax.io.gguf import GgufFile, open_gguf
+from ruvjax.io.gguf_model import load_gguf
+from ruvjax.io.gguf_tokenizer import extract_tokenizer
+from ruvjax.io.huggingface import ModelFiles, load_model
+from ruvjax.io.weights import is_spec
+from ruvjax.models.transformer import Transformer
+
+TABLES = (".embedding", ".head")
+MATRICES = tuple(f".layers.{name}" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """A network, its parameters, what else its files say, and its tokenizer where it can denoise text."""
+
+    network: Transformer
+    params: Any
+    files: ModelFiles
+    tokenizer: Tokenizer | None
+    source: str
+
+
+def read_files(path: Path, four_bits: bool) -> Read:
+    """Raises ModelError.LoadError for files that are missing, damaged or no transformer, QuantizationError for matrices
+    that cannot be quantized."""
+    is_file = path.suffix == ".gguf"
+    try:
+        read = _read_gguf(path, four_bits) if is_file else _read_folder(path)
+    except errors.InputError as error:
+        raise ModelError.LoadError(str(error), error.hint) from error
+    if read.tokenizer is not None and read.tokenizer.vocab_size > read.network.vocab_size:
+        sizes = f"{read.tokenizer.vocab_size} entries, the model {read.network.vocab_size}"
+        raise ModelError.LoadError(f"{path}: the tokenizer has {sizes}", "copy the right one")
+    return _quantized(read) if four_bits else read
+
+
+def _read_folder(folder: Path) -> Read:
+    if (folder / "model" / "config.json").is_file():
+        folder = folder / "model"
+    network, params, files = load_model(folder)
+    source = str(folder / "config.json")
+    if not isinstance(network, Transformer):
+        raise errors.InputError(f"{source}: this is a Mamba, and no diffusion transformer", "ruvjax.api.repair")
+    causal = files.mask_token_id is None  # then its tokenizer knows no mask either
+    tokenizer = None if causal or files.tokenizer is None else load_tokenizer(files.tokenizer, **_ids(files))
+    return Read(network, params, files, tokenizer, source)
+
+
+def _read_gguf(path: Path, four_bits: bool) -> Read:
+    file = open_gguf(path)
+    wide = any(tensor.kind == "BF16" for tensor in file.tensors.values())  # whose range float16 lacks
+    network, params, files = load_gguf(path, "bfloat16" if wide else "float16", quantized=four_bits)
+    return Read(network, params, files, _gguf_tokenizer(file, files), str(path))
+
+
+def _gguf_tokenizer(file: GgufFile, files: ModelFiles) -> Tokenizer | None:
+    if files.mask_token_id is None or "tokenizer.ggml.tokens" not in file.metadata:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        return load_tokenizer(extract_tokenizer(file, folder), **_ids(files))
+
+
+def _ids(files: ModelFiles) -> dict[str, int | None]:
+    return {"mask_id": files.mask_token_id, "eos_id": files.eos_token_id, "pad_id": files.pad_token_id}
+
+
+def _quantized(read: Read) -> Read:
+    """Matrices that are arrays become Q4_K, or Q4_0 where their rows are no multiple of 256; tables Q8_0."""
+    treedef = jax.tree.structure(read.network.spec(), is_leaf=is_spec)
+    paths = [jax.tree_util.keystr(path) for path, _ in _specs(read.network)]
+    values = treedef.flatten_up_to(read.params)
+    kept: list[Any] = []
+    for path, value in zip(paths, values, strict=True):
+        if isinstance(value, QuantizedWeight) or path not in (*TABLES, *MATRICES):
+            kept.append(value)
+            continue
+        matrix = np.asarray(value, np.float32)
+        matrix = matrix.T if path in TABLES else matrix
+        inner = matrix.shape[-2]
+        kind = "Q8_0" if path in TABLES else "Q4_K" if inner % 256 == 0 else "Q4_0"
+        try:
+            kept.append(quantize(matrix, kind))
+        except ValueError as error:
+            hint = "load_f16 reads it unquantized"
+            raise ModelError.QuantizationError(f"{read.source}: {path[1:]} of {inner} rows: {error}", hint) from error
+    kinds = sorted({value.kind for value in kept if isinstance(value, QuantizedWeight)})
+    return replace(read, params=treedef.unflatten(kept), files=replace(read.files, weights="/".join(kinds)))
+
+
+def _specs(network: Transformer):
+    return jax.tree_util.tree_flatten_with_path(network.spec(), is_leaf=is_spec)[0]
