@@ -72,8 +72,9 @@ def describe(folder: str, call: Callable[[], Any], asked: str = "") -> str:
             jax.eval_shape(call)
         except dispatch.ImplError as error:
             return f"none: {error}"
-    # A gradient or an op inside another would come after the op's own decision.
-    decision = decisions[0]
+    if not decisions:
+        return "a library's kernel: the op itself chose it"
+    decision = decisions[0]  # an op inside another comes after it
     taken = next(iter(decision.taken.values()))
     reasons = [f"asked for by kernels.{folder}"] if asked else []
     if taken == "xla":

@@ -1,6 +1,7 @@
 """Settings of every test, made before jax is imported, and the fixtures that folders share."""
 
 import os
+import runpy
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +19,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# RUVJAX_TEST_BLOCK_PALLAS=1 scripts/test: the suite as on a machine whose jax has no Pallas.
+if os.environ.get("RUVJAX_TEST_BLOCK_PALLAS", "") == "1":
+    runpy.run_path(str(_ROOT / "tests" / "block_pallas.py"))
 
 import beartype
 import hypothesis
@@ -50,6 +54,21 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("ruvjax")
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what asks for a Pallas kernel, by its mark or by an implementation among its parameters, where it cannot be
+    imported. A test that comes to need one without asking fails."""
+    from kernels_pallas import compat
+
+    if not (reason := compat.missing("tpu")):
+        return
+    kernels = {"pallas_gpu", "pallas_tpu", "interpret"}
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        asked = any(isinstance(value, str) and value in kernels for value in values)
+        if asked or item.get_closest_marker("pallas"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 import kernels_pallas
 from experiments import doctor, runner
 from experiments.kernel_choice import describe, examples, kernel_rows
-from kernels_pallas import compat, dispatch, native
+from kernels_pallas import dispatch, native
+from kernels_pallas.dispatch import Body
 
 
 def test_every_op_has_a_line():
@@ -17,8 +19,6 @@ def test_every_op_has_a_line():
     rows = dict(kernel_rows(None))
     assert len(rows) == len(examples(None)) and not any("\n" in text for text in rows.values())
     assert all(text.startswith("xla") for text in rows.values())  # the tests run on a CPU
-    assert "pallas_tpu needs a TPU" in rows["selective_scan"]
-    assert "no GPU kernel" in rows["kv_attention"] and "needs a GPU" not in rows["kv_attention"]
 
 
 def test_the_native_kernel_is_named_or_the_reason_why_not(monkeypatch):
@@ -31,19 +31,31 @@ def test_the_native_kernel_is_named_or_the_reason_why_not(monkeypatch):
         assert rows[name].startswith("xla: no C++ kernel: switched off by RUVJAX_NATIVE=0")
 
 
-@pytest.mark.skipif(bool(compat.missing("tpu")), reason=compat.missing("tpu"))
-def test_another_machine_takes_its_kernels(monkeypatch):
-    """What each op would take where a TPU or a GPU is; the fixed example for this machine says otherwise."""
-    assert dict(kernel_rows(None))["unmask"].startswith("xla")
+def call(refusal=""):
+    """An op with a body for each platform, of which the GPU's refuses its operands for the reason given."""
+    bodies = {"xla": Body(jnp.sin), "pallas_gpu": Body(jnp.cos, refusal), "pallas_tpu": Body(jnp.tanh)}
+    return lambda: dispatch.dispatch("op", None, bodies, jnp.zeros(2))
+
+
+def test_the_line_is_that_of_the_machine(monkeypatch):
+    # The folder is of an op without a native kernel.
+    assert describe("lora_bank", call()) == "xla: pallas_gpu needs a GPU; pallas_tpu needs a TPU"
+    assert describe("lora_bank", call("odd")) == "xla: pallas_gpu cannot run: odd; pallas_tpu needs a TPU"
+    monkeypatch.setattr(dispatch, "platforms", lambda: ("tpu", "cpu"))
+    assert describe("lora_bank", call("odd")) == "pallas_tpu: the best body for this device"
+    monkeypatch.setattr(dispatch, "platforms", lambda: ("cuda", "cpu"))
+    assert describe("lora_bank", call()) == "pallas_gpu: the best body for this device"
+    assert describe("lora_bank", call("odd")).startswith("xla: pallas_gpu cannot run: odd")
+    assert describe("quant_matmul", call("odd")).startswith("xla: the C++ kernel runs where there is a CPU alone")
+    assert describe("lora_bank", lambda: jnp.zeros(2)) == "a library's kernel: the op itself chose it"
+
+
+@pytest.mark.pallas
+def test_the_examples_are_of_sizes_that_kernels_take(monkeypatch):
     monkeypatch.setattr(dispatch, "platforms", lambda: ("tpu", "cpu"))
     rows = dict(kernel_rows(None))
     for name in ("unmask", "masked_cross_entropy", "selective_scan", "lora_bank", "quant_matmul", "kv_attention"):
         assert rows[name] == "pallas_tpu: the best body for this device"
-    assert rows["attention"].startswith("xla: the C++ kernel runs where there is a CPU alone")
-    monkeypatch.setattr(dispatch, "platforms", lambda: ("cuda", "cpu"))
-    rows = dict(kernel_rows(None))
-    assert rows["kv_attention"].startswith("xla: pallas_gpu cannot run: no GPU kernel is written")
-    assert rows["lora_bank"].startswith("xla: pallas_gpu cannot run: no GPU kernel is written")
 
 
 def test_a_named_body_is_said_and_one_that_cannot_run_is_no_traceback():

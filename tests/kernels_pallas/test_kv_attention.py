@@ -50,6 +50,7 @@ def test_an_unquantized_cache_is_causal_attention(impl, length):
     np.testing.assert_allclose(found, attention(q, k, v, Mask(causal=True), impl="reference"), atol=1e-5)
 
 
+@pytest.mark.pallas
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_bodies_agree_on_a_quantized_store_and_the_store_keeps_its_bound(bits, rotated):

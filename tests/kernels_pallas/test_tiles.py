@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import compat, tiles
+from kernels_pallas import tiles
 from kernels_pallas.selective_scan import chunk, gpu, selective_scan, tpu
 
 
@@ -104,7 +104,7 @@ def test_the_heuristics_are_tiles_that_a_table_may_hold():
     assert gpu.KERNEL.unfit(gpu.Tiles(chunk.CHUNK - 1)) and tpu.KERNEL.unfit(tpu.Tiles(100))
 
 
-@pytest.mark.skipif(bool(compat.missing("tpu")), reason=compat.missing("tpu"))
+@pytest.mark.pallas
 def test_the_scan_takes_what_its_table_says(tmp_path, monkeypatch):
     """Interpreted, as on a device that the table knows: a block of 128 of 256 channels, and an error for a miss."""
     entry = {"device": "TPU v6", "dtype": "float32", "shape": {"width": 256, "state": 2}, "tiles": {"width": 128}}

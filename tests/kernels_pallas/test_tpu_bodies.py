@@ -5,12 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import compat
 from kernels_pallas.selective_scan import selective_scan
 from kernels_pallas.unmask import masked_cross_entropy
 
-if compat.missing("tpu"):
-    pytest.skip(compat.missing("tpu"), allow_module_level=True)
+pytestmark = pytest.mark.pallas
 
 
 def scan_operands(batch=2, length=24, width=128, state=8, dtype=jnp.float32):
