@@ -24,17 +24,32 @@ class Mask:
 
     def allowed(self, length: int) -> jax.Array | None:
         """bool [batch or 1, length, length], or None where everything is allowed."""
+        return self._at(jnp.arange(length)[None, :], self.segments, length)
+
+    def rows(self, positions: jax.Array, length: int) -> "Mask":
+        """The mask of the queries that stand at `positions` [batch or 1, queries] among `length` keys, as a dense one.
+
+        What is dense in this mask already must be of those queries.
+        """
+        segments = self.segments
+        if segments is not None:
+            segments = jnp.take_along_axis(
+                segments, jnp.broadcast_to(positions, (len(segments), positions.shape[1])), 1
+            )
+        return Mask(dense=self._at(positions, segments, length))
+
+    def _at(self, positions: jax.Array, segments: jax.Array | None, length: int) -> jax.Array | None:
         conditions = []
-        query, key = jnp.arange(length)[None, :, None], jnp.arange(length)[None, None, :]
+        query, key = positions[:, :, None], jnp.arange(length)[None, None, :]
         if self.causal:
             conditions.append(key <= query)
         if self.block:
             conditions.append(key // self.block <= query // self.block)
         if self.window:
             conditions.append(jnp.abs(query - key) < self.window)
-        if self.segments is not None:
-            same = self.segments[:, :, None] == self.segments[:, None, :]
-            conditions.append(same & (self.segments != 0)[:, :, None])
+        if self.segments is not None and segments is not None:
+            same = segments[:, :, None] == self.segments[:, None, :]
+            conditions.append(same & (segments != 0)[:, :, None])
         if self.dense is not None:
             conditions.append(self.dense)
         if not conditions:

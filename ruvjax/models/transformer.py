@@ -5,6 +5,7 @@ Causal or bidirectional is a value of `mask`, not a property of the model. Layer
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.attention import Mask, attention
+from ruvjax.core.held import Held
 from ruvjax.core.linear import embed, linear, readout
 from ruvjax.core.model import DTYPES, Output, compute_dtype
 from ruvjax.core.norm import layer_norm, rms_norm
@@ -198,14 +200,21 @@ class Transformer:
         time: Float[Array, "batch"] | None = None,
         logits: bool = True,
         impl: str | None = None,
+        held: Held | None = None,
     ) -> Output:
         """One forward pass. `time` in (0, 1] is needed by time-conditioned models and ignored by the others;
         `positions` default to 0..length-1; `logits=False` leaves the readout to the caller; `impl` names the attention
-        implementation. Raises ConfigError where a time-conditioned model gets no time."""
+        implementation. `held`: the tokens are those of positions `held.start` and on, and attend to the keys and values
+        that are held; `mask` is that of the whole row. Output.aux["held"] holds them afterwards. The head of a model
+        with shifted logits then reads `hidden` where it stands: the caller shifts. Raises ConfigError where a
+        time-conditioned model gets no time."""
         dtype = compute_dtype(self.dtype)
         given = Mask() if mask is None else mask
         window = min(self.window, given.window or self.window) if self.window else given.window
         seen = replace(given, window=window)
+        if held is not None:
+            place = held.start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+            seen, positions = seen.rows(place, held.k.shape[2]), place if positions is None else positions
         positions = default_positions(tokens) if positions is None else positions
         rotation = rotations(positions, self.dim_per_head, self.rope_theta, self.rope_scaling)
         x = embed(tokens, params.embedding).astype(dtype)
@@ -214,23 +223,39 @@ class Transformer:
             x = x + condition[:, None, :].astype(dtype)
             condition = None
 
-        def block(x, weights):
-            return self._block(x, weights, seen, rotation, condition, impl), None
+        def block(x, layer):
+            weights, kept = layer
+            attend = partial(_attention, mask=seen, impl=impl, held=held, kept=kept)
+            return self._block(x, weights, rotation, condition, attend)
 
+        kept = None if held is None else (held.k, held.v)
         if self.unroll:
-            for weights in _unstack(params.layers, self.layers):
-                x, _ = block(x, weights)
+            made = []
+            for i, weights in enumerate(_unstack(params.layers, self.layers)):
+                x, new = block(x, (weights, None if held is None else (held.k[i], held.v[i])))
+                made.append(new)
+            kept = None if held is None else tuple(map(jnp.stack, zip(*made)))
         else:
-            x, _ = lax.scan(block, x, params.layers)
+            x, kept = lax.scan(block, x, (params.layers, kept))
         hidden = self._norm(x, params.final_norm)
         if condition is not None:
             assert params.time is not None and params.time.final is not None and params.time.final_bias is not None
             change = linear(jax.nn.silu(condition), params.time.final) + params.time.final_bias[None, :]
             shift, scale = jnp.split(change[:, None, :].astype(dtype), 2, axis=-1)
             hidden = hidden * (1 + scale) + shift
+        if held is not None:
+            assert kept is not None
+            aux = {"held": replace(held, k=kept[0], v=kept[1])}
+            return Output(self.head(params, hidden) if logits else None, hidden, aux)
         if self.shift:
             hidden = _shifted(hidden, seen.segments)
         return Output(self.head(params, hidden) if logits else None, hidden)
+
+    def nothing_held(self, batch: int, length: int) -> Held:
+        """Room for the keys and values of `length` positions of `batch` rows; none of it may be attended to."""
+        shape = (self.layers, batch, length, self.key_heads, self.dim_per_head)
+        zeros = jnp.zeros(shape, compute_dtype(self.dtype))
+        return Held(zeros, zeros, jnp.zeros(batch, jnp.int32))
 
     def head(self, params: TransformerParams, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """Logits in float32."""
@@ -251,27 +276,29 @@ class Transformer:
     def _norm(self, x: jax.Array, scale: jax.Array) -> jax.Array:
         return (rms_norm if self.norm == "rms" else layer_norm)(x, scale, self.norm_eps)
 
-    def _block(self, x, w: Layer, mask: Mask, rotation, condition, impl):
+    def _block(self, x, w: Layer, rotation, condition, attend):
         if condition is None or w.modulation is None or w.modulation_bias is None:
-            x = x + self._attend(self._norm(x, w.attention_norm), w, mask, rotation, impl)
-            return x + self._mlp(self._norm(x, w.mlp_norm), w)
+            out, kept = self._attend(self._norm(x, w.attention_norm), w, rotation, attend)
+            x = x + out
+            return x + self._mlp(self._norm(x, w.mlp_norm), w), kept
         change = linear(jax.nn.silu(condition), w.modulation) + w.modulation_bias[None, :]
         parts = jnp.split(change[:, None, :].astype(x.dtype), 6, axis=-1)
         attend_shift, attend_scale, attend_gate, mlp_shift, mlp_scale, mlp_gate = parts
         h = self._norm(x, w.attention_norm) * (1 + attend_scale) + attend_shift
-        x = x + attend_gate * self._attend(h, w, mask, rotation, impl)
+        out, kept = self._attend(h, w, rotation, attend)
+        x = x + attend_gate * out
         h = self._norm(x, w.mlp_norm) * (1 + mlp_scale) + mlp_shift
-        return x + mlp_gate * self._mlp(h, w)
+        return x + mlp_gate * self._mlp(h, w), kept
 
-    def _attend(self, x, w: Layer, mask: Mask, rotation, impl):
+    def _attend(self, x, w: Layer, rotation, attend):
         q = self._heads(x, w.q, w.q_bias, self.heads)
         k = self._heads(x, w.k, w.k_bias, self.key_heads)
         v = self._heads(x, w.v, w.v_bias, self.key_heads)
         if w.q_norm is not None and w.k_norm is not None:
             q, k = rms_norm(q, w.q_norm, self.norm_eps), rms_norm(k, w.k_norm, self.norm_eps)
         q, k = rotate(q, rotation), rotate(k, rotation)
-        out = attention(q, k, v, mask, impl=impl)
-        return linear(out.reshape(*x.shape[:2], -1), w.o)
+        out, kept = attend(q, k, v)
+        return linear(out.reshape(*x.shape[:2], -1), w.o), kept
 
     def _heads(self, x, weight, bias, heads: int):
         y = linear(x, weight)
@@ -283,6 +310,14 @@ class Transformer:
         up = linear(x, w.up)
         inner = jax.nn.gelu(up) if w.gate is None else jax.nn.silu(linear(x, w.gate)) * up
         return linear(inner, w.down)
+
+
+def _attention(q, k, v, *, mask: Mask, impl: str | None, held: Held | None, kept):
+    """Attention of one layer, and what is held of it afterwards (None where nothing is)."""
+    if held is None:
+        return attention(q, k, v, mask, impl=impl), None
+    k, v = held.put(kept[0], k), held.put(kept[1], v)
+    return attention(q, k, v, mask, impl=impl), (k, v)
 
 
 def _shifted(hidden: jax.Array, segments: jax.Array | None) -> jax.Array:
