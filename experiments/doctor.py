@@ -6,15 +6,14 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-import kernels_pallas
 from experiments import wiring
+from experiments.kernel_choice import kernel_rows
 from experiments.runner import main
 from experiments.settings import Doctor, Launch
 from ruvjax.core import allocator, backend
@@ -103,24 +102,6 @@ def allocator_rows() -> Rows:
         ("huge pages", f"{found.huge_pages}, {found.huge_bytes / 2**20:.0f} MiB in use"),
         ("note", found.note or "none"),
     ]
-
-
-def kernel_rows(attention: str | None) -> Rows:
-    """Every op of kernels_pallas: the body that runs here, the others it has, and why this one."""
-    chosen = {"attention": attention}
-    rows = []
-    for folder in sorted(Path(kernels_pallas.__file__).parent.iterdir()):
-        bodies = [name for name in ("reference", "xla", "gpu", "tpu") if (folder / f"{name}.py").is_file()]
-        if not bodies or not (folder / "__init__.py").is_file():
-            continue
-        import_module(f"kernels_pallas.{folder.name}")  # an op that cannot be imported is a broken installation
-        named = chosen.get(folder.name)
-        pallas = [name for name in bodies if name in ("gpu", "tpu")]
-        why = f"asked for (kernels.{folder.name}={named})" if named else "the best that is written for this device"
-        if not named and not pallas:
-            why = "runs on every device; no Pallas body is written yet"
-        rows.append((folder.name, f"{named or 'xla'}: {why} (has {', '.join(bodies)})"))
-    return rows
 
 
 def data_rows(job: Doctor) -> Rows:

@@ -16,8 +16,14 @@ from ruvjax.core.events import Event, Kind, replay
 from ruvjax.data.sources import Document
 from ruvjax.data.tokenize import Tokenizer
 from ruvjax.decoding.autoregressive import Decoding, generate
+from ruvjax.decoding.batching import Request
+from ruvjax.decoding.batching import stream as stream_tokens
+from ruvjax.decoding.text import Held, Pieces, add, until
 from ruvjax.diffusion.sampler import Sampler, stream
-from ruvjax.errors import InputError
+from ruvjax.errors import InputError, RunError
+
+CHUNK = 128  # tokens of a prompt that are read in one pass
+BURST = 4  # tokens that are drawn between two looks at a text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,11 +119,13 @@ def left_to_right(loaded: Loaded, settings: Decoding, canvas: Canvas, key: jax.A
         free,
         key,
         start=int(positions[0]),
-        start_id=tokenizer.eos_id,
-        carry=loaded.empty_cache(len(free)) if settings.cache else None,
-        suppressed=(tokenizer.mask_id, tokenizer.pad_id),
+        start_id=-1 if loaded.published else loaded.start_id,
+        carry=loaded.empty_cache(*canvas.tokens.shape) if settings.cache else None,
+        suppressed=loaded.never_drawn,
     )
     tokens, probability = jax.device_get((found.tokens, found.probability))
+    if not np.isfinite(probability).all():
+        raise RunError("the model's logits are not finite", "are its weights whole?")
     for step, position in enumerate(positions):
         yield [
             Event(
@@ -130,6 +138,56 @@ def left_to_right(loaded: Loaded, settings: Decoding, canvas: Canvas, key: jax.A
             )
             for row in np.flatnonzero(free[:, position])
         ]
+
+
+def continued(
+    loaded: Loaded, settings: Decoding, canvas: Canvas, key: jax.Array, *, slots: int, stop: Sequence[str] = ()
+) -> Iterator[list[Event]]:
+    """The events of continuing rows that are free from some position on, token by token as they are drawn. A row ends
+    at an end token, with a token that completes one of the `stop` strings, or at the end of the canvas."""
+    decode, mask_id, rows = loaded.tokenizer.decode, loaded.tokenizer.mask_id, canvas.tokens
+    lead = [] if loaded.published else [loaded.start_id]
+    starts = [int(np.argmax(row == mask_id)) for row in rows]
+    requests = [
+        Request([*lead, *row[:start].tolist()], len(row) - start, number)
+        for number, (row, start) in enumerate(zip(rows, starts))
+    ]
+    capacity = rows.shape[1] + len(lead)
+    chunk = min(CHUNK, -(-max(len(request.tokens) for request in requests) // 16) * 16)
+    capacity = -(-capacity // 64) * 64  # few shapes, so that few programs are compiled
+    tokens = stream_tokens(
+        settings,
+        loaded.forward,
+        loaded.params,
+        requests,
+        key,
+        empty=lambda count: loaded.empty_cache(count, max(capacity, chunk)),
+        vocabulary=loaded.model.vocab_size,
+        slots=slots,
+        chunk=chunk,
+        burst=BURST,
+        suppressed=loaded.never_drawn,
+    )
+    said, held = [Pieces()] * len(rows), [Held()] * len(rows)
+    count, stopped = [0] * len(rows), None
+    while True:
+        try:
+            number, token, probability = tokens.send(stopped)
+        except StopIteration:
+            return
+        step, count[number] = count[number], count[number] + 1
+        yield [Event(number, starts[number] + step, Kind.COMMIT, token, probability, step)]
+        said[number], text = add(decode, said[number], token)
+        held[number], _ = until(stop, held[number], text)
+        stopped = held[number].stopped
+
+
+def text_of(loaded: Loaded, row: np.ndarray, start: int, stop: Sequence[str]) -> str:
+    """The text of a row whose first `start` tokens were given, without the stop string that ended it."""
+    drawn = row[row != loaded.tokenizer.mask_id]
+    given, text = loaded.tokenizer.decode(row[:start]), loaded.tokenizer.decode(drawn)
+    found = [at for at in (text.find(end, len(given)) for end in stop) if at >= 0]
+    return text[: min(found)] if found else text
 
 
 def draw_with_events(loaded: Loaded, sampler: Sampler | Decoding, canvas: Canvas, key: jax.Array) -> Drawn:

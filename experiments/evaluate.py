@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments import puzzles, repair, scoring, wiring
+from experiments import choices, puzzles, repair, scoring, wiring
 from experiments.puzzle_settings import PuzzleEvaluate
 from experiments.repair_settings import RepairEvaluate
 from experiments.runner import main
@@ -20,6 +20,8 @@ from ruvjax.errors import ConfigError, InputError, RunError
 from ruvjax.training import report
 from ruvjax.training.provenance import collect_provenance
 from ruvjax.training.runfolder import RunFolder
+
+PUBLISHED_LENGTH = 1024  # tokens of a row for models that do not say how long theirs were
 
 
 def run(job: Evaluate | PuzzleEvaluate | RepairEvaluate, launch: Launch) -> Path:
@@ -40,7 +42,8 @@ def evaluate_text(job: Evaluate, launch: Launch) -> Path:
     wiring.start_backend(job.backend)
     only_certify = job.certify and not job.model.path
     loaded = None if only_certify else wiring.load(job.model, job.kernels.attention_impl)
-    texts = None if loaded is None else read_texts(job, loaded)
+    questions = None if loaded is None or not job.choices else choices.read(job.choices, loaded)
+    texts = None if loaded is None or questions is not None else read_texts(job, loaded)
     with launch.folder(job.run) as folder:
         provenance = collect_provenance({"seed": job.seed}, vars(allocator.report()))
         folder.write_provenance(provenance)
@@ -48,6 +51,9 @@ def evaluate_text(job: Evaluate, launch: Launch) -> Path:
         comparison: tuple[report.Compared, ...] = ()
         if loaded is not None and texts is not None:
             metrics, comparison = score_model(job, loaded, *texts)
+        if loaded is not None and questions is not None:
+            metrics = choices.score(loaded, questions, job.evaluation.batch)
+            note(f"{metrics['questions']} questions: {metrics['accuracy']:.1%} right by likelihood")
         certificates = certify() if job.certify else []
         for certificate in certificates:
             note(verdict(certificate))
@@ -71,6 +77,8 @@ def verdict(certificate: Certificate) -> str:
 def read_texts(job: Evaluate, loaded: wiring.Loaded) -> tuple[dict[str, list[Document]], Packed]:
     """The documents of the corpus by split, and those of `job.split` packed one by one."""
     length = job.length or loaded.length
+    if loaded.published and not length:
+        length = min(loaded.context, PUBLISHED_LENGTH)
     if not length:
         raise ConfigError("the model does not say how long its rows were", "set length=<tokens>")
     context = loaded.context

@@ -55,6 +55,7 @@ def sample_text(job: Sample, launch: Launch) -> Path:
     loaded = wiring.load(job.model, job.kernels.attention_impl)
     sampler = wiring.finish_sampler(job.sampler, loaded, note)
     canvas = canvas_of(job.sample, loaded)
+    loaded = wiring.apart(loaded) if loaded.autoregressive else loaded
     with launch.folder(job.run) as folder, opened(job.sample.stream) as write:
         provenance = collect_provenance({"seed": job.seed}, vars(allocator.report()))
         folder.write_provenance(provenance)
@@ -62,7 +63,8 @@ def sample_text(job: Sample, launch: Launch) -> Path:
         events = draw(job, loaded, sampler, canvas, write)
         seconds = time.monotonic() - began
         tokens = replay(canvas.tokens, events, loaded.tokenizer.mask_id)
-        texts = [loaded.tokenizer.decode(row) for row in tokens]
+        start = int(np.argmax(canvas.tokens[0] == loaded.tokenizer.mask_id))
+        texts = [drawing.text_of(loaded, row, start, job.sample.stop) for row in tokens]
         write({"kind": "end", "texts": texts})
         if job.sample.stream != "-":
             animated = job.sample.animate and sys.stdout.isatty()  # then the first text is on the screen already
@@ -79,11 +81,17 @@ def sample_text(job: Sample, launch: Launch) -> Path:
 
 
 def canvas_of(settings: Drawing, loaded: Loaded) -> Canvas:
-    """The rows to denoise. Raises InputError for a prompt that cannot be read or does not fit the model's context."""
+    """The rows to fill. Raises InputError for a prompt that cannot be read or does not fit the model's context."""
     tokenizer, context = loaded.tokenizer, loaded.context
     prompt = drawing.read_prompt(settings.file) if settings.file else settings.prompt
     mask = np.full(settings.gap, tokenizer.mask_id, np.int32)
     parts = [tokenizer.encode(part) for part in prompt.split(settings.mark)]
+    if len(parts) > 1 and tokenizer.mask_id < 0:
+        raise InputError("this model has no mask token and fills no gaps", "give a prompt without sample.mark in it")
+    if settings.stop and (len(parts) > 1 or not loaded.autoregressive):
+        raise InputError("sample.stop is for an autoregressive model that continues a prompt", "leave it out")
+    if loaded.published and loaded.start_id >= 0:
+        parts[0] = np.concatenate([np.array([loaded.start_id], np.int32), parts[0]])
     row = np.concatenate([piece for part in parts for piece in (mask, part)][1:])
     if len(row) > context:
         raise InputError(f"the prompt has {len(row)} tokens, the model's context {context}", "shorten the prompt")
@@ -117,7 +125,12 @@ def draw(job: Sample, loaded: Loaded, sampler: Any, canvas: Canvas, write: Calla
     events: list[Event] = []
 
     def happening() -> Iterator[Event]:
-        for happened in drawing.steps(loaded, sampler, canvas, jax.random.key(job.seed)):
+        key, settings = jax.random.key(job.seed), job.sample
+        if isinstance(sampler, Decoding) and sampler.cache and _continues(canvas, mask_id):
+            told = drawing.continued(loaded, sampler, canvas, key, slots=settings.slots, stop=settings.stop)
+        else:
+            told = drawing.steps(loaded, sampler, canvas, key)
+        for happened in told:
             for event in happened:
                 write(event.to_json())
                 events.append(event)
@@ -129,6 +142,12 @@ def draw(job: Sample, loaded: Loaded, sampler: Any, canvas: Canvas, write: Calla
     for _ in happening() if not job.sample.animate else ():
         pass
     return events
+
+
+def _continues(canvas: Canvas, mask_id: int) -> bool:
+    """Whether all that is free stands at the end of the rows."""
+    free = canvas.tokens[0] == mask_id
+    return bool(free.any()) and bool(free[np.argmax(free) :].all())
 
 
 def _most_steps(sampler: Any, masks: int) -> int:

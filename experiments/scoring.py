@@ -86,6 +86,12 @@ def _estimator(
     return jax.jit(estimate)
 
 
+def likelihood_of(loaded: Loaded):
+    """Jitted `(params, batch, key) -> nats [batch, 1]` of an autoregressive model, whose rows begin as its texts do."""
+    start_id = loaded.start_id if loaded.start_id >= 0 else loaded.tokenizer.eos_id
+    return _exact(loaded.model, loaded.attention, start_id, loaded.tokenizer.mask_id)
+
+
 @functools.cache
 def _exact(model: LanguageModel, attention: str | None, start_id: int, mask_id: int):
     """Jitted `(params, batch, key) -> nats [batch, 1]` of an autoregressive model."""
@@ -111,7 +117,7 @@ def held_out(
     block, mask_id = loaded.block_size, loaded.tokenizer.mask_id
     samples = samples or evaluation.samples
     if loaded.autoregressive:
-        estimator = _exact(loaded.model, loaded.attention, loaded.tokenizer.eos_id, mask_id)
+        estimator = likelihood_of(loaded)
     else:
         estimator = _estimator(loaded.model, loaded.attention, block, loaded.schedule, mask_id, samples, method)
     batch = min(evaluation.batch, packed.rows)

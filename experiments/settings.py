@@ -159,14 +159,20 @@ class Train:
 
 @dataclass(frozen=True)
 class ModelPath:
-    """A trained model: a folder with model.safetensors, config.json and tokenizer.json, or a run that exported one."""
+    """A trained model: a folder with model.safetensors, config.json and tokenizer.json, a run that exported one, a
+    .gguf file, or the id of a model of the hub. `quantized` keeps a GGUF file's matrices in their blocks."""
 
     path: str = ""
+    quantized: bool = False
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """`python -m experiments.evaluate`. `certify` runs the certificates as well; without a model.path, only those."""
+    """`python -m experiments.evaluate`. `certify` runs the certificates as well; without a model.path, only those.
+
+    choices: a file of questions, one JSON object {"prompt", "choices", "answer"} a line, which an autoregressive model
+    answers by likelihood, instead of being scored on `data`.
+    """
 
     run: Run
     model: ModelPath
@@ -178,6 +184,7 @@ class Evaluate:
     kernels: Kernels
     backend: str = "auto"
     certify: bool = False
+    choices: str = ""
     seed: int = 0
     debug: bool = False
 
@@ -191,6 +198,7 @@ class Drawing:
 
     file: read the prompt from this file instead. gap: tokens per mark.
     length: tokens of the whole text (0: the prompt and 96 more); a text with marks has a length of its own.
+    stop: strings before which a text of an autoregressive model ends. slots: how many of its texts are drawn at a time.
     stream: events as JSONL to this file, or - for stdout. animate: redraw the text on the terminal as it appears.
     """
 
@@ -200,14 +208,18 @@ class Drawing:
     gap: int = 16
     length: int = 0
     count: int = 1
+    stop: tuple[str, ...] = ()
+    slots: int = 8
     stream: str = ""
     animate: bool = True
     delay: float = 0.03  # seconds between two frames
 
     def __post_init__(self):
-        at_least("sample", self, gap=1, length=0, count=1)
+        at_least("sample", self, gap=1, length=0, count=1, slots=1)
         if not self.mark:
             raise ConfigError("sample.mark is empty", "such as sample.mark='<mask>'")
+        if not all(self.stop):
+            raise ConfigError("sample.stop holds an empty string", "such as sample.stop=[END]")
         one_prompt(self.prompt, self.file)
         if not 0 <= self.delay <= 10:
             raise ConfigError(f"sample.delay={self.delay} must be between 0 and 10 seconds")

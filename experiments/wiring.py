@@ -5,6 +5,7 @@ The verbs and the notebook share what is here; `ruvjax` itself never knows which
 
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from experiments.settings import EXPORT, ModelPath, Train, block_size
 from kernels_pallas.attention import Mask as AttentionMask
 from ruvjax.core.backend import devices, initialise_distributed, require
 from ruvjax.core.model import Output
-from ruvjax.core.params import init, shardings
+from ruvjax.core.params import init, shardings, unstack
 from ruvjax.core.sharding import RULES, MeshConfig, batch_sharding, make_mesh
 from ruvjax.data.tokenize import Tokenizer, load_tokenizer
 from ruvjax.decoding import likelihood as left
@@ -29,10 +30,14 @@ from ruvjax.diffusion.loss import Encode, Project, objective
 from ruvjax.diffusion.sampler import Forward, Sampler
 from ruvjax.diffusion.schedule import Schedule
 from ruvjax.errors import BackendError, ConfigError, InputError
+from ruvjax.io.gguf import open_gguf
+from ruvjax.io.gguf_tokenizer import extract_tokenizer
+from ruvjax.io.hub import model_path
 from ruvjax.io.huggingface import load_model, save_model
+from ruvjax.io.layout import ModelFiles
 from ruvjax.models.mamba import Mamba
 from ruvjax.models.mamba2 import Mamba2
-from ruvjax.models.transformer import Transformer
+from ruvjax.models.transformer import Begun, Transformer
 from ruvjax.training.optimizer import build_optimizer, learning_rate
 from ruvjax.training.state import TrainState, init_state
 from ruvjax.training.step import Step, make_step
@@ -46,7 +51,8 @@ class Loaded:
 
     block_size is that of the block objective, 0 for every other; schedule tells the time of a mask share; length is
     that of the rows it was trained on, 0 where nobody says. autoregressive: it looks only to the left. end_ids: tokens
-    beside the tokenizer's end token that end a text.
+    beside the tokenizer's end token that end a text. published: not trained here, so that texts begin with the
+    tokenizer's own first token, where it has one.
     """
 
     model: LanguageModel
@@ -58,6 +64,7 @@ class Loaded:
     attention: str | None = None
     autoregressive: bool = False
     end_ids: tuple[int, ...] = ()
+    published: bool = False
 
     @property
     def forward(self) -> Forward:
@@ -79,9 +86,22 @@ class Loaded:
         """The longest row the model takes; Mamba's state has no end, so there it is what fits an int32."""
         return self.model.max_length if isinstance(self.model, Transformer) else 2**31 - 1
 
-    def empty_cache(self, rows: int) -> Any:
-        """The state before the first token of `rows` rows, None for a model that has to read everything again."""
-        return None if isinstance(self.model, Transformer) else self.model.empty_cache(rows)
+    @property
+    def start_id(self) -> int:
+        """What stands before the first token of a text. Models trained here begin after the end of another."""
+        return self.tokenizer.start_id if self.published else self.tokenizer.eos_id
+
+    @property
+    def never_drawn(self) -> tuple[int, ...]:
+        """Tokens that no text holds: the mask, and the padding where that is not an end token as well."""
+        ends = (self.tokenizer.eos_id, *self.end_ids)
+        return tuple(i for i in (self.tokenizer.mask_id, self.tokenizer.pad_id) if i >= 0 and i not in ends)
+
+    def empty_cache(self, rows: int, capacity: int) -> Any:
+        """The state before the first token of `rows` rows; a transformer's has room for `capacity` tokens."""
+        if isinstance(self.model, Transformer):
+            return self.model.empty_cache(rows, capacity)
+        return self.model.empty_cache(rows)
 
 
 def start_backend(name: str, distributed: Any = None) -> None:
@@ -102,8 +122,7 @@ def cached_forward_of(model: Transformer, sampler: Sampler, attention: str | Non
 
     def run(params, tokens, time, segments, held):
         mask = AttentionMask(segments=segments, block=block_size)
-        output = model.apply(params, tokens, mask=mask, time=time, impl=attention, logits=False, held=held)
-        return output.hidden, output.aux["held"]
+        return model.over(params, tokens, held, mask=mask, time=time, impl=attention)
 
     return cached(sampler, run, model.head, shift=model.shift)
 
@@ -128,16 +147,22 @@ def forward_of(model: LanguageModel, attention: str | None = None, block_size: i
 def forward_left_of(model: LanguageModel, attention: str | None = None) -> Forward:
     """`(params, tokens, time, carry) -> (Output, carry)` from left to right; a negative token is padding.
 
-    `carry` is the model's state, or None to start from nothing (the only way of a transformer).
+    `carry` is the model's state, or None to start from nothing. With one, the logits are those of the last position:
+    a prompt has no use for the others, and they are large.
     """
 
     def forward(params: Any, tokens: jax.Array, time: Any, carry: Any) -> tuple[Output, Any]:
         segments, tokens = (tokens >= 0).astype("int32"), tokens.clip(0)
-        if not isinstance(model, Transformer):
-            output = model.apply(params, tokens, segments=segments, cache=carry)
-            return output, None if carry is None else output.aux["cache"]
-        mask = AttentionMask(segments=segments, causal=True)
-        return model.apply(params, tokens, mask=mask, impl=attention), carry
+        settings: dict[str, Any] = {"cache": carry, "logits": carry is None}
+        if isinstance(model, Transformer):
+            mask = AttentionMask(segments=segments, causal=True)
+            output = model.apply(params, tokens, mask=mask, impl=attention, **settings)
+        else:
+            output = model.apply(params, tokens, segments=segments, **settings)
+        if carry is None:
+            return output, None
+        last = output.hidden[:, -1:]
+        return Output(model.head(params, last), last), output.aux["cache"]
 
     return forward
 
@@ -155,20 +180,25 @@ def encode_left_of(model: LanguageModel, attention: str | None = None) -> left.E
 
 
 def encode_of(model: LanguageModel, attention: str | None = None) -> Encode:
-    """`(params, tokens, time, mask, positions) -> hidden`, for the training losses."""
+    """`(params, tokens, time, mask, positions) -> hidden`, for the training losses: of a transformer, `Begun`."""
 
     def encode(params, tokens, time, mask, positions):
         if not isinstance(model, Transformer):
             return model.apply(params, tokens, segments=None if mask is None else mask.segments, logits=False).hidden
-        output = model.apply(params, tokens, mask=mask, positions=positions, time=time, logits=False, impl=attention)
-        return output.hidden
+        return model.begin(params, tokens, mask=mask, positions=positions, time=time, impl=attention)
 
     return encode
 
 
 def project_of(model: LanguageModel) -> Project:
-    """`(params, hidden) -> logits`, for the training losses."""
-    return lambda params, hidden: model.head(params, hidden)
+    """`(params, hidden) -> logits`, for the training losses; `hidden` is what `encode_of` gives or hidden states."""
+
+    def project(params, hidden):
+        if isinstance(model, Transformer) and isinstance(hidden, Begun):
+            hidden = model.finish(params, hidden)
+        return model.head(params, hidden)
+
+    return project
 
 
 def fit_vocabulary(model: LanguageModel, tokenizer: Tokenizer, note: Callable[[str], None]) -> LanguageModel:
@@ -266,7 +296,7 @@ def finish_sampler(sampler: Sampler | Decoding, loaded: Loaded, note: Callable[[
         )
         raise ConfigError(f"this is {kind} model", f"sample it with {right}")
     if isinstance(sampler, Decoding):
-        return sampler
+        return _finish_decoding(sampler, loaded)
     sampler, tokenizer = block_sampler(sampler, loaded.block_size, note), loaded.tokenizer
     if sampler.eos_handling != "none" and sampler.eos_id < 0:
         ends = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "end_ids": loaded.end_ids}
@@ -276,6 +306,16 @@ def finish_sampler(sampler: Sampler | Decoding, loaded: Loaded, note: Callable[[
     if not sampler.vocabulary and tokenizer.vocab_size < loaded.model.vocab_size:
         sampler = dataclasses.replace(sampler, vocabulary=tokenizer.vocab_size)
     return sampler
+
+
+def _finish_decoding(settings: Decoding, loaded: Loaded) -> Decoding:
+    """A published model's texts end at its end tokens; the rows of its table beyond the tokenizer's are never drawn."""
+    tokenizer, known = loaded.tokenizer, {}
+    if loaded.published and not settings.ends:
+        known = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "end_ids": loaded.end_ids}
+    if not settings.vocabulary and tokenizer.vocab_size < loaded.model.vocab_size:
+        known["vocabulary"] = tokenizer.vocab_size
+    return dataclasses.replace(settings, **known)
 
 
 def export(folder: Path, loaded: Loaded) -> Path:
@@ -300,24 +340,32 @@ def export(folder: Path, loaded: Loaded) -> Path:
 
 
 def model_folder(path: ModelPath) -> Path:
-    """The model folder that `model.path` names. Raises InputError where there is none."""
+    """The model folder or .gguf file that `model.path` names. A model of the hub is downloaded where no such folder is
+    here. Raises InputError where there is none."""
     if not path.path:
-        raise InputError("model.path is empty", "model.path=runs/<name>/<stamp>, or a model folder")
-    folder = Path(path.path).expanduser()
-    if not folder.exists():
-        raise InputError(f"model.path={path.path} does not exist", "name a run folder or a model folder")
+        raise InputError("model.path is empty", "model.path=runs/<name>/<stamp>, a model folder, or a .gguf file")
+    try:
+        folder = model_path(path.path)
+    except InputError as error:
+        raise InputError(f"model.path={error}", error.hint) from error
     return folder / EXPORT if (folder / EXPORT / "config.json").is_file() else folder
+
+
+def _read_tokenizer(folder: Path, files: ModelFiles) -> Tokenizer:
+    ids: dict[str, Any] = {"mask_id": files.mask_token_id, "eos_id": files.eos_token_id, "pad_id": files.pad_token_id}
+    if folder.suffix == ".gguf":
+        with tempfile.TemporaryDirectory() as extracted:
+            return load_tokenizer(extract_tokenizer(open_gguf(folder), extracted), **ids, masked=not files.causal)
+    if files.tokenizer is None:
+        raise InputError(f"{folder} holds no tokenizer.json", "copy the tokenizer of the model there")
+    return load_tokenizer(files.tokenizer, **ids, masked=not files.causal)
 
 
 def load(path: ModelPath, attention: str | None = None) -> Loaded:
     """The model at `path`. Raises InputError where it cannot be read or has no tokenizer."""
     folder = model_folder(path)
-    model, params, files = load_model(folder)
-    if files.tokenizer is None:
-        raise InputError(f"{folder} holds no tokenizer.json", "copy the tokenizer of the model there")
-    tokenizer = load_tokenizer(
-        files.tokenizer, mask_id=files.mask_token_id, eos_id=files.eos_token_id, pad_id=files.pad_token_id
-    )
+    model, params, files = load_model(folder, quantized=path.quantized)
+    tokenizer = _read_tokenizer(folder, files)
     if tokenizer.vocab_size > model.vocab_size:
         sizes = f"{tokenizer.vocab_size} entries, the model {model.vocab_size}"
         raise InputError(f"{folder}: the tokenizer has {sizes}", "copy the right one")
@@ -328,14 +376,21 @@ def load(path: ModelPath, attention: str | None = None) -> Loaded:
     except (TypeError, ValueError, ConfigError) as error:
         raise InputError(f"{folder}/config.json: bad diffusion settings: {error}", "export the model again") from error
     ends = tuple(end for end in files.eos_token_ids if end not in (tokenizer.eos_id, tokenizer.mask_id))
-    return Loaded(model, params, tokenizer, schedule, block, length, attention, files.causal, ends)
+    return Loaded(model, params, tokenizer, schedule, block, length, attention, files.causal, ends, not settings)
+
+
+def apart(loaded: Loaded) -> Loaded:
+    """`loaded` with its layers unstacked, as a decoding loop wants them: every token would copy them out otherwise."""
+    return dataclasses.replace(loaded, params=unstack(loaded.params, loaded.model.layers))
 
 
 def check_kernels(attention: str | None) -> None:
-    """Raises BackendError where a kernel implementation that was named is not there."""
-    from kernels_pallas.attention import IMPLEMENTATIONS
+    """Raises BackendError where the kernel implementation that was named is for a device that is not there."""
+    from kernels_pallas.dispatch import PLATFORM_BODIES, platforms
 
-    if attention is not None and attention not in IMPLEMENTATIONS:
+    needs = {body: platform for platform, body in PLATFORM_BODIES.items()}.get(attention or "")
+    if needs is not None and needs not in platforms():
         raise BackendError(
-            f"kernels.attention={attention!r} is not written yet", f"one of auto, {', '.join(IMPLEMENTATIONS)}"
+            f"kernels.attention={attention!r} needs {needs}, which this process does not have",
+            "one of auto, xla, reference, interpret",
         )

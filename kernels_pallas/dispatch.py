@@ -8,7 +8,9 @@ more than a CPU, so one jitted function serves a CPU and a GPU of the same proce
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax.extend
@@ -30,6 +32,44 @@ class Body(NamedTuple):
     unsupported: str = ""
 
 
+class Decision(NamedTuple):
+    """What one call of `dispatch` came to. taken: the body that runs, by platform of this process. refused: why bodies
+    of any platform cannot run on the operands. written: the names of all bodies of the op."""
+
+    op: str
+    taken: Mapping[str, str]
+    refused: Mapping[str, str]
+    written: tuple[str, ...]
+
+
+_observed: ContextVar[list[Decision] | None] = ContextVar("observed", default=None)
+
+
+@contextmanager
+def observe() -> Generator[list[Decision], None, None]:
+    """The decisions of the ops traced inside, in order. A jitted function that was traced before makes none."""
+    decisions: list[Decision] = []
+    token = _observed.set(decisions)
+    try:
+        yield decisions
+    finally:
+        _observed.reset(token)
+
+
+def decide(op: str, impl: str | None, bodies: Mapping[str, Body]) -> Decision:
+    """The choice that `dispatch` makes, and its errors."""
+    refused = {name: body.unsupported for name, body in bodies.items() if body.unsupported}
+    if impl is not None:
+        named(op, impl, bodies)
+        return Decision(op, dict.fromkeys(platforms(), impl), refused, tuple(bodies))
+    taken = dict.fromkeys(platforms(), "xla")
+    for platform in taken:
+        name = PLATFORM_BODIES.get(platform, "")
+        if name in bodies and name not in refused:
+            taken[platform] = name
+    return Decision(op, taken, refused, tuple(bodies))
+
+
 def dispatch(op: str, impl: str | None, bodies: Mapping[str, Body], *operands: Any) -> Any:
     """Run `op` on `operands` (pytrees of arrays; options are bound into the bodies).
 
@@ -38,21 +78,18 @@ def dispatch(op: str, impl: str | None, bodies: Mapping[str, Body], *operands: A
     return arrays of the same shapes and dtypes. Raises ImplError for a named body that is unknown, is not written for
     this op, or cannot run on these operands: a named one never falls back to another.
     """
+    decision = decide(op, impl, bodies)
+    if (observed := _observed.get()) is not None:
+        observed.append(decision)
     if impl is not None:
-        return named(op, impl, bodies)(*operands)
-    default = bodies["xla"].run
-    branches = {}
-    for platform in platforms():
-        name = PLATFORM_BODIES.get(platform)
-        if name is None or name not in bodies:
-            continue
-        if bodies[name].unsupported:
-            log_fallback(op, name, bodies[name].unsupported)
-        else:
-            branches[platform] = bodies[name].run
+        return bodies[impl].run(*operands)
+    for platform in decision.taken:
+        if (name := PLATFORM_BODIES.get(platform, "")) in decision.refused:
+            log_fallback(op, name, decision.refused[name])
+    branches = {platform: bodies[name].run for platform, name in decision.taken.items() if name != "xla"}
     if not branches:
-        return default(*operands)
-    return lax.platform_dependent(*operands, default=default, **branches)
+        return bodies["xla"].run(*operands)
+    return lax.platform_dependent(*operands, default=bodies["xla"].run, **branches)
 
 
 def named(op: str, impl: str, bodies: Mapping[str, Body]) -> Callable[..., Any]:

@@ -102,8 +102,9 @@ def test_the_wheel_holds_the_two_packages(tmp_path):
     info = f"ruvjax-{ruvjax.__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {"ruvjax", "kernels_pallas", info}
     assert f"{info}/licenses/LICENSE" in names
-    here = {str(path.relative_to(ROOT)) for top in ("ruvjax", "kernels_pallas") for path in (ROOT / top).rglob("*.py")}
-    assert here <= set(names)
+    here = [path for top in ("ruvjax", "kernels_pallas") for path in (ROOT / top).rglob("*.*") if path.is_file()]
+    assert {path.suffix for path in here} >= {".py", ".json", ".cc", ".h", ".css", ".js"}
+    assert {str(path.relative_to(ROOT)) for path in here if path.suffix != ".pyc"} <= set(names)
 
 
 def test_the_license_is_apache():

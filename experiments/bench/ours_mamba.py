@@ -18,10 +18,9 @@ import jax.numpy as jnp
 
 from experiments.bench.peer_mambapy import reset_peak, resident
 from kernels_pallas.unmask import masked_cross_entropy
-from ruvjax.core.params import count, init
+from ruvjax.core.params import count, init, unstack
 from ruvjax.decoding.autoregressive import Decoding, generate
 from ruvjax.models.mamba import Mamba
-from ruvjax.models.ssm import unstack
 
 
 def timed(job, run) -> tuple[list[float], list[float], dict[str, int]]:

@@ -18,6 +18,8 @@ from jax.interpreters import batching, mlir
 
 from kernels_pallas import native
 from kernels_pallas.attention import xla
+from kernels_pallas.attention.fold import fold
+from kernels_pallas.attention.rotation import rotate
 from kernels_pallas.dispatch import platforms
 
 MAX_DIM = 256
@@ -60,70 +62,87 @@ def heuristic(batch: int, queries: int, keys: int, heads: int, kv_heads: int, di
     return Blocks(256 if batch * heads >= 16 else 64, key, min(blocks, max(1, 8 // max(1, batch * kv_heads))))
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None, scale: float) -> jax.Array:
-    """Same contract as `xla.attend`. Scores are never stored: the backward pass computes them again by blocks."""
-    return jax.jit(_attend, static_argnums=(4,), inline=True)(q, k, v, allowed, scale)
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    allowed: jax.Array | None,
+    rotation: tuple[jax.Array, jax.Array] | None,
+    scale: float,
+) -> jax.Array:
+    """Same contract as `xla.attend`, of rotated q and k. The backward pass computes the scores again by blocks."""
+    return jax.jit(_attend, static_argnums=(5,), inline=True)(q, k, v, allowed, rotation, scale)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, allowed, scale):
-    return _attend_fwd(q, k, v, allowed, scale)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q, k, v, allowed, rotation, scale):
+    return _attend_fwd(q, k, v, allowed, rotation, scale)[0]
 
 
-def _attend_fwd(q, k, v, allowed, scale):
-    operands = [q, k, v] if allowed is None else [q, k, v, allowed]
-    out, lse = _forward_p.bind(*operands, scale=float(scale))
-    return out, (operands, out, lse)
+def _attend_fwd(q, k, v, allowed, rotation, scale):
+    operands = (q, k, v, *_given(allowed, rotation))
+    out, lse = _forward_p.bind(*operands, scale=float(scale), rotated=rotation is not None)
+    return out, (q, k, v, allowed, rotation, out, lse)
 
 
 def _attend_bwd(scale, saved, dout):
-    operands, out, lse = saved
-    return (*_backward_p.bind(out, lse, dout, *operands, scale=float(scale)), None)
+    q, k, v, allowed, rotation, out, lse = saved
+    operands = (out, lse, dout, q, k, v, *_given(allowed, rotation))
+    return (*_backward_p.bind(*operands, scale=float(scale), rotated=rotation is not None), None, None)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-# The operands of both primitives end with q, k, v and, where there is a mask, `allowed`.
+# The operands of both primitives end with q, k, v, cos and sin where `rotated`, and `allowed` where there is a mask.
 
 
-def _forward_native(q, k, v, *allowed, scale):
+def _forward_native(q, k, v, *tables, scale, rotated):
     batch, queries, heads, dim = q.shape
     blocks = heuristic(batch, queries, k.shape[1], heads, k.shape[2], dim)
     results = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32))
     call: Callable[..., Any] = jax.ffi.ffi_call(TARGETS[0], results)
-    operands = (q, k, v, *_optional(allowed))
+    operands = (q, k, v, *_whole(tables, rotated))
     sizes = {"query_block": np.int64(blocks.query), "key_block": np.int64(blocks.key)}
     return call(*operands, scale=np.float64(scale), **sizes)
 
 
-def _backward_native(out, lse, dout, q, k, v, *allowed, scale):
+def _backward_native(out, lse, dout, q, k, v, *tables, scale, rotated):
     batch, queries, heads, dim = q.shape
     blocks = heuristic(batch, queries, k.shape[1], heads, k.shape[2], dim)
     parts = blocks.splits if k.shape[1] > blocks.key else 0
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     results.append(jax.ShapeDtypeStruct((parts, *q.shape), jnp.float32))
     call: Callable[..., Any] = jax.ffi.ffi_call(TARGETS[1], results)
-    operands = (q, k, v, *_optional(allowed), out, lse, dout)
+    operands = (q, k, v, *_whole(tables, rotated), out, lse, dout)
     return call(*operands, scale=np.float64(scale), key_block=np.int64(blocks.key))[:3]
 
 
-def _optional(allowed):
-    """What the C++ takes for "no mask" and "no rotation": arrays without elements."""
-    none = jnp.zeros((0, 0, 0), jnp.float32)
-    return (allowed[0] if allowed else jnp.zeros((0, 0, 0), bool), none, none)
+def _given(allowed, rotation):
+    return (*(() if rotation is None else rotation), *(() if allowed is None else (allowed,)))
 
 
-def _forward_xla(q, k, v, *allowed, scale):
-    out = xla.attend(q, k, v, allowed[0] if allowed else None, scale)
+def _whole(tables, rotated):
+    """allowed, cos and sin; what is not there becomes an array without elements."""
+    cos, sin = tables[:2] if rotated else (jnp.zeros((0, 0, 0), jnp.float32),) * 2
+    allowed = tables[2:] if rotated else tables
+    return (allowed[0] if allowed else jnp.zeros((0, 0, 0), bool), cos, sin)
+
+
+def _forward_xla(q, k, v, *tables, scale, rotated):
+    out = _attend_xla(q, k, v, tables, scale, rotated)
     return out, jnp.zeros((*q.shape[:3], 1), jnp.float32)
 
 
-def _backward_xla(out, lse, dout, q, k, v, *allowed, scale):
-    def attend(q, k, v):
-        return xla.attend(q, k, v, allowed[0] if allowed else None, scale)
+def _backward_xla(out, lse, dout, q, k, v, *tables, scale, rotated):
+    return jax.vjp(lambda q, k, v: _attend_xla(q, k, v, tables, scale, rotated), q, k, v)[1](dout)
 
-    return jax.vjp(attend, q, k, v)[1](dout)
+
+def _attend_xla(q, k, v, tables, scale, rotated):
+    if rotated:
+        q, k = rotate(q, tables[:2]), rotate(k, tables[:2])
+    allowed = tables[2:] if rotated else tables
+    return xla.attend(q, k, v, allowed[0] if allowed else None, scale)
 
 
 def _one_device(context: Any) -> bool:
@@ -148,7 +167,7 @@ def _declare(name, results, native_form, xla_form) -> Primitive:
     def batch(operands, axes, **params):
         size = next(x.shape[axis] for x, axis in zip(operands, axes) if axis is not None)
         rows = operands[0].shape[0 if axes[0] is None else 1 - min(axes[0], 1)]
-        results = primitive.bind(*(_fold(x, axis, size, rows) for x, axis in zip(operands, axes)), **params)
+        results = primitive.bind(*(fold(x, axis, size, rows) for x, axis in zip(operands, axes)), **params)
         return [x.reshape(size, rows, *x.shape[1:]) for x in results], [0] * len(results)
 
     mlir.register_lowering(primitive, mlir.lower_fun(xla_form, multiple_results=True))
@@ -157,24 +176,12 @@ def _declare(name, results, native_form, xla_form) -> Primitive:
     return primitive
 
 
-def _fold(x, axis, size, rows):
-    """[size * rows, ...]: a mapped axis joins the batch of `rows`, the first of every operand."""
-    if axis is None:
-        if x.shape[0] != rows:
-            return x  # a mask shared by the batch and by the mapped axis
-        x = jnp.broadcast_to(x[None], (size, *x.shape))
-    else:
-        x = jnp.moveaxis(x, axis, 0)
-        x = jnp.broadcast_to(x, (size, rows, *x.shape[2:]))
-    return x.reshape(size * rows, *x.shape[2:])
-
-
 _forward_p = _declare(
     "ruvjax_attention_forward",
-    lambda q, k, v, *_, scale: [q, q.update(shape=(*q.shape[:3], 1), dtype=jnp.dtype(jnp.float32))],
+    lambda q, k, v, *_, **__: [q, q.update(shape=(*q.shape[:3], 1), dtype=jnp.dtype(jnp.float32))],
     _forward_native,
     _forward_xla,
 )
 _backward_p = _declare(
-    "ruvjax_attention_backward", lambda out, lse, dout, q, k, v, *_, scale: [q, k, v], _backward_native, _backward_xla
+    "ruvjax_attention_backward", lambda out, lse, dout, q, k, v, *_, **__: [q, k, v], _backward_native, _backward_xla
 )

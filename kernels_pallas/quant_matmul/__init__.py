@@ -29,6 +29,8 @@ def quant_matmul(
     """
     if weight.ndim != 2 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"quant_matmul: x has shape {x.shape}, the weight {weight.shape}")
+    if x.size == 0:
+        return jnp.zeros((*x.shape[:-1], weight.shape[1]), jnp.promote_types(x.dtype, jnp.float32))
     flat = x.reshape(-1, x.shape[-1])
     return cast(jax.Array, _multiply(flat, weight, impl)).reshape(*x.shape[:-1], weight.shape[1])
 

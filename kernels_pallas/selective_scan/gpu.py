@@ -16,6 +16,7 @@ from jax import lax
 
 from kernels_pallas import compat
 from kernels_pallas.selective_scan import chunk
+from kernels_pallas.tiles import Kernel, recorded
 
 CHANNELS = 64  # rows of the register layout
 SHARED_BYTES = 1 << 16  # shared memory for recomputed states: two programs share the 227 KiB of an H100 or H200
@@ -30,6 +31,13 @@ class Tiles(NamedTuple):
 
 def heuristic(state: int) -> Tiles:
     return Tiles(max(1, min(chunk.CHUNK, SHARED_BYTES // (4 * CHANNELS * state))))
+
+
+def _unfit(tiles: Tiles) -> str:
+    return f"kept={tiles.kept} does not divide a chunk of {chunk.CHUNK}" if chunk.CHUNK % tiles.kept else ""
+
+
+KERNEL = Kernel("selective_scan_gpu", Tiles, ("state",), _unfit)
 
 
 def unsupported(x, delta, b, c) -> str:
@@ -196,7 +204,7 @@ def backward(x, delta, a, b, c, d, reset, starts, dy, dfinal, *, tiles: Tiles | 
     """See `xla.backward`."""
     (batch, length, width), state = x.shape, a.shape[0]
     plan = _Plan.of(x, state)
-    kept = (tiles or heuristic(state)).kept
+    kept = (tiles or recorded(KERNEL, "gpu", x.dtype, {"state": state}, heuristic(state))).kept
     streams = [plan.fill(value) for value in (x, delta, b, c, dy)]
     if reset is not None:
         streams.append(plan.fill(reset.astype(jnp.float32)))

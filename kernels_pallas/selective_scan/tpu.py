@@ -15,6 +15,7 @@ from jax import lax
 
 from kernels_pallas import compat
 from kernels_pallas.selective_scan import chunk
+from kernels_pallas.tiles import Kernel, recorded
 
 STATES_BYTES = 1 << 22  # VMEM for the states of one chunk in the backward kernel; a core has 16 MiB or more
 
@@ -31,6 +32,13 @@ def heuristic(width: int, state: int) -> Tiles:
     if width <= min(most, 512):
         return Tiles(width)
     return Tiles(next(size for size in (512, 256, 128) if size <= most and (width % size == 0 or size == 128)))
+
+
+def _unfit(tiles: Tiles) -> str:
+    return f"width={tiles.width} is no multiple of 128" if tiles.width % 128 else ""
+
+
+KERNEL = Kernel("selective_scan_tpu", Tiles, ("width", "state"), _unfit)
 
 
 def unsupported(x, delta, b, c) -> str:
@@ -55,7 +63,10 @@ class _Plan(NamedTuple):
     def of(x, state: int, tiles: Tiles | None) -> "_Plan":
         batch, length, width = x.shape
         chunks, steps = chunk.cut(length)
-        block = min((tiles or heuristic(width, state)).width, width)
+        if tiles is None:
+            sizes = {"width": width, "state": state}
+            tiles = recorded(KERNEL, "tpu", x.dtype, sizes, heuristic(width, state))
+        block = min(tiles.width, width)
         return _Plan(batch, chunks, steps, state, -(-width // block) * block, block)
 
     @property

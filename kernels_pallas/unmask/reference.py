@@ -18,9 +18,10 @@ def masked_cross_entropy(logits, targets, exclude):
     return jnp.where(valid, -picked, 0.0)
 
 
-def unmask(logits, noise, floor, temperature, group):
+def unmask(logits, noise, floor, temperature, group, top_k):
     """Token, log-probability, confidence, entropy and margin; see `kernels_pallas.unmask.unmask`."""
-    x = jnp.maximum(_at_least_float32(logits), -1e30)
+    x = _at_least_float32(logits)
+    x = jnp.where(x < -1e30, -1e30, x)
     log_p = jax.nn.log_softmax(x)
     p = jnp.exp(log_p)
     best, second = jnp.moveaxis(jax.lax.top_k(p, 2)[0], -1, 0)
@@ -28,10 +29,13 @@ def unmask(logits, noise, floor, temperature, group):
     if temperature == 0:
         token = jnp.argmax(x, axis=-1)
     else:
-        y = x / temperature if floor is None else jnp.where(x >= floor[..., None], x / temperature, -1e30)
+        kept = jnp.full(x.shape, True) if floor is None else x >= floor[..., None]
+        if top_k:
+            kept &= x >= jax.lax.top_k(x, top_k)[0][..., -1:]
+        y = jnp.where(kept, (x - jnp.max(x, axis=-1, keepdims=True)) / temperature, -1e30)
         groups = -(-x.shape[-1] // group)
         padding = [(0, 0)] * (x.ndim - 1) + [(0, groups * group - x.shape[-1])]
-        y = jnp.pad(y, padding, constant_values=-1e30).reshape(*x.shape[:-1], groups, group)
+        y = jnp.pad(y, padding, constant_values=-1e31).reshape(*x.shape[:-1], groups, group)
         chosen = jnp.argmax(jax.nn.logsumexp(y, axis=-1) + noise[..., :groups], axis=-1)
         inside = jnp.take_along_axis(y, chosen[..., None, None], axis=-2)[..., 0, :] + noise[..., groups:]
         token = chosen * group + jnp.argmax(inside, axis=-1)

@@ -1,12 +1,12 @@
 """The pass over the vocabulary as a Mosaic TPU kernel: sums by groups of tokens, read once, for the draw and the loss.
 
 A program takes 8 rows (16 of bfloat16) and 128 groups, so that what it leaves behind fills one lane a group. What
-follows, on a few numbers a group, is `xla.finish`; the draw's noise, 1 to 2% of the logits' bytes, comes from outside
+follows, on a few numbers a group, is `xla.unmask`; the draw's noise, 1 to 2% of the logits' bytes, comes from outside
 and is the same for every body.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +38,18 @@ def unsupported(logits) -> str:
     return compat.missing("tpu")
 
 
-def groups(logits, floor, temperature, group, exclude=-1, *, tiles: Tiles | None = None, interpret: bool = False):
-    """See `xla.groups`; `exclude` is a token that counts as a logit of `LOG_ZERO`."""
+def groups(
+    logits,
+    floor,
+    temperature,
+    group,
+    ties=False,
+    *,
+    exclude=-1,
+    tiles: Tiles | None = None,
+    interpret: Any = False,
+):
+    """See `xla.groups`; `exclude` is a token that counts as a logit of `LOG_ZERO`. `interpret` as in `pallas_call`."""
     from jax.experimental import pallas as pl
 
     pltpu = compat.mosaic_tpu()
@@ -50,7 +60,7 @@ def groups(logits, floor, temperature, group, exclude=-1, *, tiles: Tiles | None
     together = min(count, LANES)
     # Groups that do not fill the lanes come with vocabularies of at most 128 groups: one program takes them whole.
     columns = together * group if group % LANES == 0 else vocabulary
-    apart = temperature != 0 and (temperature != 1 or floor is not None)
+    apart = ties or temperature != 0 and (temperature != 1 or floor is not None)
     operands = [flat] + ([] if floor is None else [floor.astype(jnp.float32).reshape(-1, 1)])
 
     def spec(block, index):
@@ -62,6 +72,7 @@ def groups(logits, floor, temperature, group, exclude=-1, *, tiles: Tiles | None
             group=group,
             vocabulary=vocabulary,
             temperature=temperature if apart else 0,
+            ties=ties,
             floors=floor is not None,
             exclude=exclude,
         ),
@@ -76,7 +87,7 @@ def groups(logits, floor, temperature, group, exclude=-1, *, tiles: Tiles | None
     return xla.Groups(first, second, third, *(fourth or [None]))
 
 
-def _groups_kernel(x_ref, *refs, group, vocabulary, temperature, floors, exclude):
+def _groups_kernel(x_ref, *refs, group, vocabulary, temperature, ties, floors, exclude):
     from jax.experimental import pallas as pl
 
     floor = refs[0][...] if floors else None
@@ -98,7 +109,9 @@ def _groups_kernel(x_ref, *refs, group, vocabulary, temperature, floors, exclude
             jnp.sum(weight, axis=1, keepdims=True),
             jnp.sum(weight * jnp.maximum(below, -200.0), axis=1, keepdims=True),
         ]
-        if temperature:
+        if ties:
+            new.append(jnp.sum(jnp.where(there & (below >= 0), 1.0, 0.0), axis=1, keepdims=True))
+        elif temperature:
             drawn = weight if temperature == 1 else jnp.where(there, jnp.exp(below * (1 / temperature)), 0.0)
             drawn = drawn if floor is None else jnp.where(x >= floor, drawn, 0.0)
             new.append(jnp.sum(drawn, axis=1, keepdims=True))
@@ -118,20 +131,20 @@ def _groups_kernel(x_ref, *refs, group, vocabulary, temperature, floors, exclude
         ref[...] = value
 
 
-def unmask(logits, noise, floor, temperature, group, *, tiles: Tiles | None = None, interpret: bool = False):
+def unmask(logits, noise, floor, temperature, group, top_k, *, tiles: Tiles | None = None, interpret: Any = False):
     """See `kernels_pallas.unmask.unmask`."""
-    found = groups(logits, floor, temperature, group, tiles=tiles, interpret=interpret)
-    return xla.finish(found, logits, noise, floor, temperature, group)
+    read = partial(groups, tiles=tiles, interpret=interpret)
+    return xla.unmask(logits, noise, floor, temperature, group, top_k, read)
 
 
-def cross_entropy(logits, targets, exclude, group, *, tiles: Tiles | None = None, interpret: bool = False):
+def cross_entropy(logits, targets, exclude, group, *, tiles: Tiles | None = None, interpret: Any = False):
     """See `xla.cross_entropy`."""
-    found = groups(logits, None, 0, group, exclude, tiles=tiles, interpret=interpret)
+    found = groups(logits, None, 0, group, exclude=exclude, tiles=tiles, interpret=interpret)
     return xla.loss(logits, targets, xla.log_sum_exp_of(found), exclude)
 
 
 def cross_entropy_backward(
-    logits, targets, lse, cotangent, exclude, *, tiles: Tiles | None = None, interpret: bool = False
+    logits, targets, lse, cotangent, exclude, *, tiles: Tiles | None = None, interpret: Any = False
 ):
     """See `xla.cross_entropy_backward`."""
     from jax.experimental import pallas as pl

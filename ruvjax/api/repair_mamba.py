@@ -16,11 +16,11 @@ import numpy as np
 
 from kernels_pallas.unmask import masked_cross_entropy
 from ruvjax.core import backend
-from ruvjax.core.params import count, init
+from ruvjax.core.params import count, init, unstack
 from ruvjax.decoding.autoregressive import PADDING, Decoding, Forward, generate
 from ruvjax.errors import ConfigError, InputError
 from ruvjax.models.mamba import Mamba, MambaParams
-from ruvjax.models.ssm import Cache, unstack
+from ruvjax.models.ssm import Cache
 
 IGNORED_LABEL = -100  # a label that is not counted
 

@@ -9,10 +9,34 @@ from jaxtyping import Array, Float
 
 
 def rms_norm(x: Float[Array, "*batch width"], scale: Float[Array, "width"], eps: float) -> Float[Array, "*batch width"]:
-    """x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    The backward rule sums the gradient of `scale` in float32; autodiff's sum in bfloat16 takes twice as long on a CPU.
+    """
+    return _rms_norm(x, scale, eps)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rms_norm(x, scale, eps: float):
+    return _rms_norm_fwd(x, scale, eps)[0]
+
+
+def _rms_norm_fwd(x, scale, eps: float):
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     inverse = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * inverse).astype(x.dtype) * _along_last(scale, x)
+    return (wide * inverse).astype(x.dtype) * _along_last(scale, x), (x, scale, inverse)
+
+
+def _rms_norm_bwd(eps: float, saved, dy):
+    x, scale, inverse = saved
+    normal, dwide = x.astype(inverse.dtype) * inverse, dy.astype(inverse.dtype)
+    dnormal = dwide * _along_last(scale, inverse)
+    dx = inverse * (dnormal - normal * jnp.mean(dnormal * normal, axis=-1, keepdims=True))
+    dscale = jnp.sum((dwide * normal).reshape(-1, x.shape[-1]), axis=0)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype)
+
+
+_rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
 
 
 def layer_norm(

@@ -1,5 +1,6 @@
 """Parameters are declared once, as `ParamSpec` leaves of a typed pytree; all else derives from the declaration."""
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ruvjax.errors import ConfigError
@@ -115,3 +117,17 @@ def shardings(model: Model, mesh: Mesh, rules: dict[str, str | None]):
         return NamedSharding(mesh, PartitionSpec(*names))
 
     return jax.tree_util.tree_map_with_path(shard, model.spec(), is_leaf=_is_spec)
+
+
+def unstack(params: Any, count: int) -> Any:
+    """`params` with a tuple of layers instead of stacked ones, which `apply` takes as well; unchanged where it is so.
+
+    A decoding loop wants it done outside: within, every token would copy every weight out of its stack. `lax.split`
+    transposes to one concatenation, indexing to a sum of pads.
+    """
+    if isinstance(params.layers, tuple):
+        return params
+    leaves, treedef = jax.tree.flatten(params.layers)
+    parts = [lax.split(w, (1,) * count) for w in leaves]
+    layers = tuple(treedef.unflatten([part[i][0] for part in parts]) for i in range(count))
+    return dataclasses.replace(params, layers=layers)

@@ -90,16 +90,6 @@ def rotations(
     return amplitude * jnp.cos(angle), amplitude * jnp.sin(angle)
 
 
-def rotate(
-    x: Float[Array, "batch length heads dim"],
-    rotation: tuple[Float[Array, "#batch length half"], Float[Array, "#batch length half"]],
-) -> Float[Array, "batch length heads dim"]:
-    """Rotate the pairs (x[i], x[i + dim/2]) by the angles of their positions."""
-    cos, sin = (r[:, :, None, :] for r in rotation)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 def default_positions(tokens: Int[Array, "batch length"]) -> Int[Array, "1 length"]:
     """Positions 0..length-1, shared by the batch."""
     return jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]

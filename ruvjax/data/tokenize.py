@@ -61,6 +61,8 @@ class TokenizerConfig:
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the ids of its specials and the bytes of every id.
 
+    mask_id is -1 where there is no mask; start_id is the token that the tokenizer puts before every text (`encode` does
+    not), -1 for none.
     `token_bytes[i]` is what id i stands for, b"" for specials; `byte_ids` is the id of each single byte, or None where
     the tokenizer is not byte-level (then invalid UTF-8 is refused); `byte_level` also says that `decode_bytes` joins
     `token_bytes`, so that it returns every byte that was encoded (unless the tokenizer normalizes first: ours do not).
@@ -73,6 +75,7 @@ class Tokenizer:
     token_bytes: tuple[bytes, ...]
     byte_ids: Int[np.ndarray, "256"] | None
     byte_level: bool
+    start_id: int = -1
 
     @property
     def vocab_size(self) -> int:
@@ -133,7 +136,8 @@ class Tokenizer:
         return write_atomic(folder / "tokenizer.json", self.backend.to_str(pretty=True))
 
     def _special_ids(self) -> dict[str, int]:
-        return {"eos_token": self.eos_id, "mask_token": self.mask_id, "pad_token": self.pad_id}
+        ids = {"eos_token": self.eos_id, "mask_token": self.mask_id, "pad_token": self.pad_id}
+        return {name: number for name, number in ids.items() if number >= 0}
 
     def _valid_parts(self, text: str | bytes) -> list[str | bytes]:
         """`text` in turn as valid strings (str) and what is not UTF-8 (bytes)."""
@@ -192,13 +196,19 @@ def train_tokenizer(config: TokenizerConfig, documents: Iterable[bytes]) -> Toke
 
 
 def load_tokenizer(
-    path: str | Path, *, mask_id: int | None = None, eos_id: int | None = None, pad_id: int | None = None
+    path: str | Path,
+    *,
+    mask_id: int | None = None,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+    masked: bool = True,
 ) -> Tokenizer:
     """Read a tokenizer.json (the file, or the folder that holds it), of this project or of any other.
 
     The specials are the ids given here (those of a model's config.json), then those of the tokenizer_config.json beside
-    it, then the customary names. A missing pad id is taken from the end-of-text id. Raises InputError for a file that
-    is missing or malformed, or has no mask or end-of-text.
+    it, then the customary names. A missing pad id is taken from the end-of-text id; `masked=False` lets the mask be
+    missing, as in autoregressive models. Raises InputError for a file that is missing or malformed, or lacks a token
+    that it needs.
     """
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -219,13 +229,24 @@ def load_tokenizer(
         (mask if mask_id is None else mask_id),
         (pad if pad_id is None else pad_id),
     )
-    if mask is None or eos is None:
-        missing = "mask" if mask is None else "end-of-text"
+    if (mask is None and masked) or eos is None:
+        missing = "end-of-text" if eos is None else "mask"
         raise InputError(
             f"{str(file)!r} names no {missing} token",
             "put eos_token and mask_token into the tokenizer_config.json beside it",
         )
-    return _wrap(backend, eos, mask, eos if pad is None else pad)
+    start = _start_id(backend, file.parent / "tokenizer_config.json", names.get("bos_token"))
+    return _wrap(backend, eos, -1 if mask is None else mask, eos if pad is None else pad, start)
+
+
+def _start_id(backend: tokenizers.Tokenizer, file: Path, name: str | None) -> int:
+    """What stands before every text: as tokenizer_config.json says, else as the tokenizer does; -1: nothing."""
+    wanted = _read_object(file).get("add_bos_token")
+    if isinstance(wanted, bool):
+        number = backend.token_to_id(name) if wanted and name else None
+        return -1 if number is None else number
+    plain, full = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    return full[0] if len(full) > len(plain) and full[:1] != plain[:1] else -1
 
 
 def _learn_merges(count: int, documents: Iterable[bytes]) -> list[tuple[str, str]]:
@@ -259,7 +280,7 @@ def _byte_letters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
 
 
-def _wrap(backend: tokenizers.Tokenizer, eos_id: int, mask_id: int, pad_id: int) -> Tokenizer:
+def _wrap(backend: tokenizers.Tokenizer, eos_id: int, mask_id: int, pad_id: int, start_id: int = -1) -> Tokenizer:
     backend.encode_special_tokens = True  # text that spells a special token is text
     backend.no_truncation()
     backend.no_padding()
@@ -283,7 +304,7 @@ def _wrap(backend: tokenizers.Tokenizer, eos_id: int, mask_id: int, pad_id: int)
     byte_ids = (
         np.array([singles[byte] for byte in range(256)], np.int32) if byte_level and len(singles) == 256 else None
     )
-    return Tokenizer(backend, eos_id, mask_id, pad_id, tuple(pieces), byte_ids, byte_level)
+    return Tokenizer(backend, eos_id, mask_id, pad_id, tuple(pieces), byte_ids, byte_level, start_id)
 
 
 def _types(node: Any) -> set[str]:
@@ -296,11 +317,17 @@ def _types(node: Any) -> set[str]:
     return set()
 
 
-def _special_names(file: Path) -> dict[str, str]:
+def _read_object(file: Path) -> dict[str, Any]:
+    """The object in tokenizer_config.json, which is optional beside tokenizer.json: {} where there is none."""
     try:
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
-        return {}  # optional beside tokenizer.json, and the customary names are tried next
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _special_names(file: Path) -> dict[str, str]:
+    content = _read_object(file)
     values = {key: value.get("content") if isinstance(value, dict) else value for key, value in content.items()}
     return {key: value for key, value in values.items() if isinstance(value, str)}
 

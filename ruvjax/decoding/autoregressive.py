@@ -1,8 +1,9 @@
 """Decoding from left to right over a canvas: given tokens stay, the others are drawn one after the other.
 
 A forward is `(params, tokens, time, carry) -> (Output, carry)`. With a cache (`carry` is its empty state) the prompt is
-read in one pass and every further token in a pass of length 1; without one (`carry` None) the whole canvas is read
-again for each token. Both give the same tokens for the same key, up to rounding.
+read in chunks and every further token in a pass of length 1, and of the logits only the last position's are read;
+without one (`carry` None) the whole canvas is read again for each token. Both give the same tokens for the same key,
+up to rounding. `ruvjax.decoding.batching` decodes requests of different lengths side by side.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kernels_pallas.unmask import draw_noise, unmask
+from kernels_pallas.unmask import LOG_ZERO, draw_noise, unmask
 from ruvjax.core import logits as shape
 from ruvjax.errors import ConfigError
 
@@ -28,8 +29,9 @@ class Decoding:
     """How a token is drawn. temperature 0 takes the likeliest; top_k 0, top_p 1 and min_p 0 are off.
 
     repetition_penalty: over everything that stands in the row already (Keskar et al. 2019), 1 is off.
-    eos_id: a row ends at this token, and `pad_id` fills what is left of it; -1: rows do not end.
-    cache: keep the model's state between tokens instead of reading everything again, where the model has one.
+    eos_id: a row ends at this token, and `pad_id` fills what is left of it; -1: rows do not end. end_ids: further
+    tokens that end a row. vocabulary: tokens from this one on are never drawn (the unused rows of a padded table); 0:
+    off. cache: keep the model's state between tokens instead of reading everything again, where the model has one.
     """
 
     temperature: float = 1.0
@@ -39,10 +41,12 @@ class Decoding:
     repetition_penalty: float = 1.0
     eos_id: int = -1
     pad_id: int = 0
+    end_ids: tuple[int, ...] = ()
+    vocabulary: int = 0
     cache: bool = True
 
     def __post_init__(self):
-        for name in ("top_k", "eos_id", "pad_id"):
+        for name in ("top_k", "eos_id", "pad_id", "vocabulary"):
             value = getattr(self, name)
             least = -1 if name == "eos_id" else 0
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -61,11 +65,26 @@ class Decoding:
                 raise ConfigError(f"sampler.{name}={value!r} must be {allowed}")
         if not isinstance(self.cache, bool):
             raise ConfigError(f"sampler.cache={self.cache!r} must be true or false")
+        if any(not isinstance(end, int) or isinstance(end, bool) or end < 0 for end in self.end_ids):
+            raise ConfigError(f"sampler.end_ids={self.end_ids!r} must be tokens", "such as sampler.end_ids=[2]")
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Every token that ends a row."""
+        return tuple(end for end in (self.eos_id, *self.end_ids) if end >= 0)
+
+    def is_end(self, tokens: jax.Array) -> jax.Array:
+        """Where `tokens` end a row."""
+        found = jnp.zeros(tokens.shape, bool)
+        for end in self.ends:
+            found = found | (tokens == end)
+        return found
 
 
 class Decoded(NamedTuple):
     """tokens: int32 [batch, length], the canvas filled. probability: float32 [batch, length], what the model gave each
-    drawn token (penalised, before temperature and cuts); 1 where the token was given, 0 where a row had ended."""
+    drawn token (penalised, before temperature and cuts); 1 where it was given, 0 where a row had ended, NaN where the
+    model's logits were not finite."""
 
     tokens: jax.Array
     probability: jax.Array
@@ -83,15 +102,19 @@ def generate(
     start_id: int = -1,
     carry: Any = None,
     suppressed: tuple[int, ...] = (),
+    index: Int[Array, "batch"] | None = None,
+    chunk: int = 0,
 ) -> Decoded:
-    """Draw the `free` positions of `canvas` from left to right; jit with `settings`, `forward`, `start`, `start_id` and
-    `suppressed` static.
+    """Draw the `free` positions of `canvas` from left to right; jit with `settings`, `forward`, `start`, `start_id`,
+    `suppressed` and `chunk` static.
 
     start: the first position that is free in any row; what stands before it is read at once. `PADDING` tokens there
     (on the left of shorter prompts) take no part. start_id: the token read before the first one; -1 where there is
     none, and then `start` must be at least 1. carry: the model's empty cache, None for a forward without one.
-    suppressed: tokens that are never drawn. Row r of the batch draws with `fold_in(key, r)`, so a row's tokens do not
-    depend on its neighbours.
+    suppressed: tokens that are never drawn. chunk: tokens of the prompt that are read in one pass, 0 for all of them.
+    index: the number of each row's request, by default its place in the batch: the row draws with
+    `fold_in(key, index)`, its n-th position from `start` with n folded in, so that in one compiled shape a row's tokens
+    depend neither on its slot nor on its neighbours.
 
     Raises ConfigError where there is nothing to read before the first free position.
     """
@@ -99,16 +122,20 @@ def generate(
         raise ConfigError("the first token has nothing before it to be predicted from", "give a prompt or a start_id")
     rows, length = canvas.shape
     lead = start_id >= 0
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
-    pick = partial(_pick, settings, suppressed, keys)
+    keys = request_keys(key, jnp.arange(rows) if index is None else index)
+    pick = partial(draw, settings, suppressed)
 
     def settle(state, i, logits):
         tokens, probability, done = state
-        drawn, p = pick(i, logits, tokens)
+        seen = None
+        if settings.repetition_penalty != 1.0:
+            counted = (jnp.arange(length)[None, :] < i) & (tokens >= 0)
+            seen = shape.seen_tokens(tokens, counted, logits.shape[-1])
+        drawn, p = pick(keys, jnp.broadcast_to(i - start, (rows,)), logits, seen)
         wanted, here = free[:, i], tokens[:, i]
         value = jnp.where(wanted, jnp.where(done, settings.pad_id, drawn), here)
         p = jnp.where(wanted, jnp.where(done, 0.0, p), 1.0)
-        done = done | (wanted & (value == settings.eos_id))
+        done = done | (wanted & settings.is_end(value))
         return (tokens.at[:, i].set(value), probability.at[:, i].set(p), done), value
 
     first = (canvas, jnp.ones((rows, length), jnp.float32), jnp.zeros((rows,), bool))
@@ -128,7 +155,7 @@ def generate(
         return Decoded(_pad(state, free, settings), state[1])
 
     read = jnp.concatenate([prefix, canvas[:, :start]], axis=1) if lead else canvas[:, :start]
-    output, carry = forward(params, read, None, carry)
+    logits, carry = prefill(forward, params, read, carry, chunk)
 
     def step(loop):
         i, state, logits, carry = loop
@@ -139,30 +166,69 @@ def generate(
     def going(loop):
         return (loop[0] < length) & ~loop[1][2].all()
 
-    _, state, _, _ = jax.lax.while_loop(going, step, (start, first, output.logits[:, -1], carry))
+    _, state, _, _ = jax.lax.while_loop(going, step, (start, first, logits, carry))
     return Decoded(_pad(state, free, settings), state[1])
+
+
+def prefill(forward: Forward, params: Any, tokens: jax.Array, carry: Any, chunk: int = 0) -> tuple[jax.Array, Any]:
+    """Read a prompt [batch, length] into `carry`, at most `chunk` tokens in a pass (0: all); `PADDING` takes no part.
+
+    Returns the logits [batch, vocab] after the last position and the carry.
+    """
+    rows, length = tokens.shape
+    if not chunk or length <= chunk:
+        output, carry = forward(params, tokens, None, carry)
+        return output.logits[:, -1], carry
+    first = length % chunk or chunk
+    output, carry = forward(params, tokens[:, :first], None, carry)
+    if length == first:
+        return output.logits[:, -1], carry
+
+    def read(state, part):
+        output, carry = forward(params, part, None, state[1])
+        return (output.logits[:, -1], carry), None
+
+    parts = tokens[:, first:].reshape(rows, -1, chunk).swapaxes(0, 1)
+    state, _ = jax.lax.scan(read, (output.logits[:, -1], carry), parts)
+    return state
 
 
 def _pad(state, free, settings: Decoding) -> jax.Array:
     """Where every row ended early, the loop stopped before the last positions."""
     tokens, _, done = state
-    if settings.eos_id < 0:
+    if not settings.ends:
         return tokens
-    ended = jnp.cumsum((tokens == settings.eos_id) & free, axis=1) - ((tokens == settings.eos_id) & free) > 0
+    ends = settings.is_end(tokens) & free
+    ended = jnp.cumsum(ends, axis=1) - ends > 0
     return jnp.where(done[:, None] & free & ended, settings.pad_id, tokens)
 
 
-def _pick(settings: Decoding, suppressed, keys, i, logits: Float[Array, "batch vocab"], tokens):
-    """A token for position `i` of each row, and its probability."""
+def request_keys(key: Key[Array, ""], index: Int[Array, "batch"]) -> Key[Array, "batch"]:
+    """The key of each request, by its number."""
+    return jax.vmap(lambda number: jax.random.fold_in(key, number))(index)
+
+
+def draw(
+    settings: Decoding,
+    suppressed: tuple[int, ...],
+    keys: Key[Array, "batch"],
+    count: Int[Array, "batch"],
+    logits: Float[Array, "batch vocab"],
+    seen: Bool[Array, "batch vocab"] | None,
+) -> tuple[Int[Array, "batch"], Float[Array, "batch"]]:
+    """The next token of each row and its probability. `count`: how many the row has drawn before; `seen`: the tokens
+    that stand in it, None where nothing is penalised."""
+    vocabulary = logits.shape[-1]
     logits = shape.suppress(logits, suppressed)
-    if settings.repetition_penalty != 1.0:
-        counted = (jnp.arange(tokens.shape[1])[None, :] < i) & (tokens >= 0)
-        seen = shape.seen_tokens(tokens, counted, logits.shape[-1])
+    if settings.vocabulary and settings.vocabulary < vocabulary:
+        logits = jnp.where(jnp.arange(vocabulary)[None, :] < settings.vocabulary, logits, LOG_ZERO)
+    if seen is not None:
         logits = shape.repetition_penalty(logits, seen, settings.repetition_penalty)
     noise = floor = None
     if settings.temperature:
-        noise = jax.vmap(lambda key: draw_noise(jax.random.fold_in(key, i), (), logits.shape[-1]))(keys)
+        noise = jax.vmap(lambda key, n: draw_noise(jax.random.fold_in(key, n), (), vocabulary))(keys, count)
         cuts = {"top_k": settings.top_k, "top_p": settings.top_p, "min_p": settings.min_p}
         floor = shape.draw_floor(logits, temperature=settings.temperature, **cuts)
     drawn = unmask(logits, noise, floor=floor, temperature=settings.temperature)
-    return drawn.token.astype(tokens.dtype), jnp.exp(drawn.log_prob)
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    return drawn.token.astype(jnp.int32), jnp.where(finite, jnp.exp(drawn.log_prob), jnp.nan)

@@ -22,7 +22,7 @@ from ruvjax.core.held import Held, spans
 from ruvjax.core.model import Output
 
 # (params, tokens int32 [B, Q], time [B], segments int32 [B, L] or None, Held) -> (hidden [B, Q, D], Held): a pass over
-# the positions held.start and on, as `models.transformer.Transformer.apply` makes it
+# the positions held.start and on, as `models.transformer.Transformer.over` makes it
 Run = Callable[[Any, jax.Array, jax.Array, Any, Held], tuple[jax.Array, Held]]
 # (params, hidden [B, W, D]) -> logits [B, W, V]
 Project = Callable[[Any, jax.Array], jax.Array]

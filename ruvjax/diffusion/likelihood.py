@@ -19,7 +19,7 @@ from kernels_pallas.attention import Mask
 from kernels_pallas.unmask import masked_cross_entropy
 from ruvjax.core.model import Output
 from ruvjax.diffusion.corrupt import exact_count, mask_exact, mask_tokens, stratified_time
-from ruvjax.diffusion.loss import Encode, Project, block_count, block_index, block_mask
+from ruvjax.diffusion.loss import Encode, Project, block_count, block_index
 from ruvjax.diffusion.schedule import Schedule
 from ruvjax.errors import ConfigError, InputError
 
@@ -246,10 +246,10 @@ def _block_nll(encode, project, params, tokens, noisy, masked, segments, block_s
     """The summed -log p of the masked tokens of each block, [batch, blocks], from one pass over [noisy; clean]."""
     batch, length = tokens.shape
     doubled = None if segments is None else jnp.concatenate([segments, segments], axis=1)
-    mask = Mask(segments=doubled, dense=block_mask(length, block_size))
+    mask = Mask(segments=doubled, diffusion=block_size)
     positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), 2)[None]
-    hidden = encode(params, jnp.concatenate([noisy, tokens], axis=1), None, mask, positions)[:, :length]
-    logits = project(params, hidden.reshape(batch * length, -1))
+    hidden = encode(params, jnp.concatenate([noisy, tokens], axis=1), None, mask, positions)
+    logits = project(params, jax.tree.map(lambda h: h[:, :length].reshape(batch * length, *h.shape[2:]), hidden))
     nll = masked_cross_entropy(logits, jnp.where(masked, tokens, -1).reshape(-1), mask_id)
     return jnp.sum(nll.reshape(batch, -1, block_size), axis=2)
 

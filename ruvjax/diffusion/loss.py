@@ -26,10 +26,11 @@ from ruvjax.errors import ConfigError
 
 LossKind = Literal["continuous", "t_step", "exact_k", "block"]
 
-# (params, tokens, time [batch] or None, mask or None, positions or None) -> hidden [batch, length, width]
-Encode = Callable[[Any, jax.Array, jax.Array | None, Mask | None, jax.Array | None], jax.Array]
-# (params, hidden [rows, width]) -> logits [rows, vocab]
-Project = Callable[[Any, jax.Array], jax.Array]
+# (params, tokens, time [batch] or None, mask or None, positions or None) -> a pytree of arrays [batch, length, ...]:
+# hidden states, or what `Project` makes them of
+Encode = Callable[[Any, jax.Array, jax.Array | None, Mask | None, jax.Array | None], Any]
+# (params, some rows of that, [rows, ...]) -> logits [rows, vocab]
+Project = Callable[[Any, Any], jax.Array]
 # (params, carry, batch, key) -> (loss, (carry, metrics))
 Objective = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]]
 
@@ -152,19 +153,6 @@ def corrupt(
     return Corruption(noisy, masked, weight, t.reshape(batch, -1).mean(axis=1))
 
 
-def block_mask(length: int, block_size: int) -> Bool[Array, "1 double double"]:
-    """Who may attend to whom over [noisy; clean], each of `length` tokens (Arriola et al. 2025).
-
-    A noisy token sees its own noisy block and the clean blocks before it; a clean token sees the clean blocks up to its
-    own.
-    """
-    block = jnp.tile(jnp.arange(length) // block_size, 2)
-    clean = jnp.arange(2 * length) >= length
-    query, key = block[:, None], block[None, :]
-    noisy_rows = jnp.where(clean[None, :], key < query, key == query)
-    return jnp.where(clean[:, None], clean[None, :] & (key <= query), noisy_rows)[None]
-
-
 def objective(loss: DiffusionLoss, encode: Encode, project: Project, *, mask_id: int, batch_size: int) -> Objective:
     """The objective `(params, carry, batch, key) -> (loss, (carry, metrics))` of `loss`.
 
@@ -199,8 +187,8 @@ def objective(loss: DiffusionLoss, encode: Encode, project: Project, *, mask_id:
             inputs, time = jnp.concatenate([inputs, tokens], axis=1), None
             positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), 2)[None]
             doubled = None if segments is None else jnp.concatenate([segments, segments], axis=1)
-            mask = Mask(segments=doubled, dense=block_mask(length, loss.block_size))
-        hidden = encode(params, inputs, time, mask, positions)[:, :length]
+            mask = Mask(segments=doubled, diffusion=loss.block_size)
+        hidden = jax.tree.map(lambda part: part[:, :length], encode(params, inputs, time, mask, positions))
         nll = partial(_nll, lambda rows: project(params, rows), mask_id)
         total, plain, overflow = _masked_sum(nll, hidden, tokens, drawn.masked, drawn.weight, loss.masked_rows)
         count, masked = jnp.sum(free), jnp.sum(drawn.masked)
@@ -237,7 +225,7 @@ def _nll(project: Callable[[jax.Array], jax.Array], mask_id: int, hidden, target
 
 def _masked_sum(nll, hidden, tokens, masked, weight, share: float):
     """(sum of weight * nll over masked tokens, sum of nll over them, 1 if they are more than `share` allows else 0)."""
-    flat, total = hidden.reshape(-1, hidden.shape[-1]), masked.size
+    flat, total = jax.tree.map(lambda part: part.reshape(-1, part.shape[-1]), hidden), masked.size
     targets = jnp.where(masked, tokens, -1).reshape(-1)
     weight = weight.reshape(-1)
     size = total if share == 0 else min(total, -(-int(share * total + 1) // 8) * 8)
@@ -251,7 +239,10 @@ def _masked_sum(nll, hidden, tokens, masked, weight, share: float):
         here = slot - start
         here = jnp.where((here >= 0) & (here < count), here, count)
         rows = jnp.full((count + 1,), total, jnp.int32).at[here].set(lax.iota(jnp.int32, total), mode="drop")[:count]
-        each = nll(gather_rows(flat, rows, here), targets.at[rows].get(mode="fill", fill_value=-1))
+        each = nll(
+            jax.tree.map(lambda part: gather_rows(part, rows, here), flat),
+            targets.at[rows].get(mode="fill", fill_value=-1),
+        )
         return jnp.sum(each * weight.at[rows].get(mode="fill", fill_value=0)), jnp.sum(each)
 
     overflow = jnp.sum(masked) > size

@@ -258,11 +258,13 @@ def _finite(logits):
 def _draw(sampler, now, logits, mask_id) -> Unmasked:
     width, vocabulary = logits.shape[1:]
     noise = floor = None
+    # Top-p counts among what top-k leaves, and needs its floor; without it the draw finds the k largest on its own.
+    top_k = 0 if sampler.top_p < 1.0 else sampler.top_k
     if sampler.temperature:
         noise = jax.vmap(lambda key: draw_noise(key, (width,), vocabulary))(now.key(0))
-        limits = {"top_k": sampler.top_k, "top_p": sampler.top_p, "min_p": sampler.min_p}
+        limits = {"top_k": sampler.top_k - top_k, "top_p": sampler.top_p, "min_p": sampler.min_p}
         floor = draw_floor(logits, temperature=sampler.temperature, **limits)
-    drawn = unmask(logits, noise, floor=floor, temperature=sampler.temperature)
+    drawn = unmask(logits, noise, floor=floor, temperature=sampler.temperature, top_k=top_k)
     # Only NaN logits, or probability 0 for every token, can lead to the mask; it must not come out even then.
     return drawn._replace(token=jnp.where(drawn.token == mask_id, 0 if mask_id else 1, drawn.token))
 

@@ -20,7 +20,7 @@ from ruvjax.core.rope import RopeScaling
 from ruvjax.errors import ConfigError, InputError
 from ruvjax.io.gguf import READ, GgufFile, open_gguf, short
 from ruvjax.io.gguf_tokenizer import ENDS, TOKENS
-from ruvjax.io.huggingface import ModelFiles
+from ruvjax.io.layout import ModelFiles
 from ruvjax.io.place import Place, integer, number
 from ruvjax.io.weights import finite, is_spec, leaves
 from ruvjax.models.transformer import Transformer

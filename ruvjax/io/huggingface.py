@@ -1,22 +1,31 @@
 """Model folders: model.safetensors (or shards with an index), config.json, tokenizer.json.
 
 `save_model` writes our own exports whole or not at all, `save_pretrained` the layout that a family's authors publish;
-`load_model` reads both: Llama 2 and 3, Mistral, Qwen2, 2.5 and 3, Dream, LLaDA, Mamba and Mamba-2. Nothing is unpickled
-and no code from a checkpoint runs.
+`load_model` reads both, and GGUF files: Llama 2 and 3, Mistral, Qwen2, 2.5 and 3, Dream, LLaDA, Mamba and Mamba-2.
+Nothing is unpickled and no code from a checkpoint runs.
 """
 
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ruvjax.core.files import write_folder
 from ruvjax.errors import InputError
 from ruvjax.io import mamba_layout, transformer_layout
-from ruvjax.io.layout import FORMAT_VERSION, Network, is_causal, is_own, own_config, places, read_network
+from ruvjax.io.gguf_model import load_gguf
+from ruvjax.io.layout import (
+    FORMAT_VERSION,
+    ModelFiles,
+    Network,
+    is_causal,
+    is_own,
+    own_config,
+    places,
+    read_network,
+)
 from ruvjax.io.mamba_layout import refuse_other_version
 from ruvjax.io.weights import INDEX, open_weights, read_json, read_params, write_json, write_weights
 from ruvjax.models.transformer import Transformer
@@ -26,29 +35,6 @@ TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"
 MAX_SHARD_BYTES = 5 * 10**9
 _TOKENS = ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 _MARK = "ruvjax_format_version"  # in a published config.json that we wrote, which another export may therefore replace
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """What a model folder holds beside the weights. Token ids are None where config.json names none.
-
-    causal: whether the model was trained to predict from left to right. diffusion: the settings the export was trained
-    with (schedule, timesteps), {} for published checkpoints. weights: the dtype of the stored matrices, as safetensors
-    calls it. eos_token_id: the first of those that config.json names; eos_token_ids: all of those of
-    generation_config.json and config.json, any of which ends a text.
-    """
-
-    folder: Path
-    model_type: str
-    weights: str
-    causal: bool = False
-    tokenizer: Path | None = None
-    mask_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    diffusion: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -62,19 +48,29 @@ def load_model(
     folder: str | os.PathLike[str],
     dtype: str | None = None,
     shardings: Callable[[Network], Any] | None = None,
+    *,
+    quantized: bool = False,
 ) -> tuple[Network, Any, ModelFiles]:
-    """Read a model folder: hyper-parameters of whichever family, its parameters, and what else lies there.
+    """Read a model folder or a .gguf file: hyper-parameters of whichever family, parameters, and what else lies there.
 
-    Parameters keep the dtype they are stored in unless `dtype` names one; the compute dtype is what config.json names.
+    Parameters keep the dtype they are stored in unless `dtype` names one (a GGUF file's become float32); the compute
+    dtype is what config.json names. `quantized` keeps a GGUF file's Q8_0, Q4_0 and Q4_K matrices in their blocks, as
+    `load_gguf` says.
     `shardings` maps the model to a pytree of `NamedSharding` like its parameters, such as
     `lambda model: core.params.shardings(model, mesh, rules)`; then each process reads only what its devices hold.
     Raises InputError, naming the file, where one is missing, truncated, malformed or does not fit config.json, or where
-    a weight is not finite.
+    a weight is not finite; for `shardings` of a GGUF file and for `quantized` of a folder.
     """
     folder = Path(folder)
+    if folder.suffix == ".gguf" and folder.is_file():
+        if shardings is not None:
+            raise InputError(f"{folder}: GGUF files are not read into shardings", "convert it to a model folder")
+        return load_gguf(folder, dtype or "float32", quantized=quantized)
     if not folder.is_dir():
-        hint = "ruvjax.io.gguf_model.load_gguf reads .gguf files" if folder.is_file() else "give one with a config.json"
+        hint = "a file must be a .gguf" if folder.is_file() else "give a folder with a config.json, or a .gguf file"
         raise InputError(f"{folder}: no such model folder", hint)
+    if quantized:
+        raise InputError(f"{folder}: only .gguf files hold quantized weights", "name one, or quantized=false")
     config = read_config(folder)
     source = str(folder / CONFIG)
     model = read_network(config, source)

@@ -5,6 +5,8 @@ The families' tensor names and settings are in `ruvjax.io.transformer_layout` an
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ruvjax.core.rope import RopeScaling
@@ -22,6 +24,29 @@ Network = Transformer | Mamba | Mamba2
 FORMAT_VERSION = 1
 ARCHITECTURE = "RuvjaxMaskedDiffusion"
 MODEL_TYPE = "ruvjax_masked_diffusion"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a model folder or a GGUF file holds beside the weights. Token ids are None where config.json names none.
+
+    causal: whether the model was trained to predict from left to right. diffusion: the settings the export was trained
+    with (schedule, timesteps), {} for published checkpoints. weights: the dtype of the stored matrices, as safetensors
+    calls it. eos_token_id: the first of those that config.json names; eos_token_ids: all of those of
+    generation_config.json and config.json, any of which ends a text.
+    """
+
+    folder: Path
+    model_type: str
+    weights: str
+    causal: bool = False
+    tokenizer: Path | None = None
+    mask_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    diffusion: Mapping[str, Any] = field(default_factory=dict)
 
 
 def places(model: Network, model_type: str) -> Mapping[str, Place]:

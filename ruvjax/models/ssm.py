@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ruvjax.core.linear import embed, readout
 from ruvjax.core.model import Output
 from ruvjax.core.norm import rms_norm
+from ruvjax.core.params import unstack
 from ruvjax.errors import ConfigError
 
 SPAN = 2048  # positions of a layer whose activations are in memory at a time where they are recomputed
@@ -254,20 +255,6 @@ def _spans_of(rows: Rows, cut: Callable[[jax.Array], jax.Array]) -> Rows:
 def head(params: Any, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
     """Logits in float32."""
     return readout(hidden, params.embedding if params.head is None else params.head)
-
-
-def unstack(params: Any, count: int) -> Any:
-    """`params` with a tuple of layers instead of stacked ones, which `apply` takes as well; unchanged where it is so.
-
-    A decoding loop wants it done outside: within, every token would copy every weight out of its stack. `lax.split`
-    transposes to one concatenation, indexing to a sum of pads.
-    """
-    if isinstance(params.layers, tuple):
-        return params
-    leaves, treedef = jax.tree.flatten(params.layers)
-    parts = [lax.split(w, (1,) * count) for w in leaves]
-    layers = tuple(treedef.unflatten([part[i][0] for part in parts]) for i in range(count))
-    return dataclasses.replace(params, layers=layers)
 
 
 @dataclass(frozen=True)

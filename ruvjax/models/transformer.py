@@ -5,7 +5,6 @@ Causal or bidirectional is a value of `mask`, not a property of the model. Layer
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,13 +13,14 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.attention import Mask, attention
+from kernels_pallas.attention import Mask, attention, rotate
+from ruvjax.core.cache import KVCache, advanced, append, arrange, cached_attention, empty_kv_cache, moved
 from ruvjax.core.held import Held
 from ruvjax.core.linear import embed, linear, readout
 from ruvjax.core.model import DTYPES, Output, compute_dtype
 from ruvjax.core.norm import layer_norm, rms_norm
-from ruvjax.core.params import declare
-from ruvjax.core.rope import RopeScaling, default_positions, rotate, rotations
+from ruvjax.core.params import declare, unstack
+from ruvjax.core.rope import RopeScaling, default_positions, rotations
 from ruvjax.errors import ConfigError
 
 TIME_FEATURES = 256  # width of the sinusoidal time embedding
@@ -61,10 +61,22 @@ class TimeEmbedding:
 @struct.dataclass
 class TransformerParams:
     embedding: jax.Array
-    layers: Layer
+    layers: Layer | tuple[Layer, ...]
     final_norm: jax.Array
     head: jax.Array | None = None
     time: TimeEmbedding | None = None
+
+
+@struct.dataclass
+class Begun:
+    """A forward pass up to the last mixing of positions: `Transformer.finish` makes hidden states of any of its rows.
+
+    x is the residual stream [*batch, width] and `mixed` the heads of the last attention, [*batch, heads * dim]. None:
+    nothing is left to do, x holds the hidden states.
+    """
+
+    x: jax.Array
+    mixed: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -197,24 +209,139 @@ class Transformer:
         *,
         mask: Mask | None = None,
         positions: Int[Array, "_ length"] | None = None,
+        cache: KVCache | None = None,
         time: Float[Array, "batch"] | None = None,
         logits: bool = True,
         impl: str | None = None,
-        held: Held | None = None,
     ) -> Output:
-        """One forward pass. `time` in (0, 1] is needed by time-conditioned models and ignored by the others;
-        `positions` default to 0..length-1; `logits=False` leaves the readout to the caller; `impl` names the attention
-        implementation. `held`: the tokens are those of positions `held.start` and on, and attend to the keys and values
-        that are held; `mask` is that of the whole row. Output.aux["held"] holds them afterwards. The head of a model
-        with shifted logits then reads `hidden` where it stands: the caller shifts. Raises ConfigError where a
-        time-conditioned model gets no time."""
-        dtype = compute_dtype(self.dtype)
+        """One forward pass over rows, or over the next chunk of rows whose past is in `cache`.
+
+        `positions` default to 0..length-1, with a cache to the places that the tokens take in the text; `time` in
+        (0, 1] is needed by time-conditioned models and ignored by the others; `logits=False` leaves the readout to the
+        caller; `impl` names the attention implementation. With `cache`, `output.aux["cache"]` holds the next one;
+        segment 0 of `mask` marks padding, which may stand anywhere in the chunk and is not kept, and every row needs
+        room for the whole chunk. `params.layers` may be unstacked (`core.params.unstack`), which a decoding loop wants.
+        Raises ConfigError where a time-conditioned model gets no time, and for a cache of shifted logits.
+        """
+        aux = {}
+        if cache is None:
+            begun = self.begin(params, tokens, mask=mask, positions=positions, time=time, impl=impl)
+            hidden = self.finish(params, begun)
+        else:
+            hidden, aux["cache"] = self._next(params, tokens, cache, self._seen(mask), positions, time)
+        return Output(self.head(params, hidden) if logits else None, hidden, aux)
+
+    def begin(
+        self,
+        params: TransformerParams,
+        tokens: Int[Array, "batch length"],
+        *,
+        mask: Mask | None = None,
+        positions: Int[Array, "_ length"] | None = None,
+        time: Float[Array, "batch"] | None = None,
+        impl: str | None = None,
+    ) -> Begun:
+        """`apply` without what it does position by position at the end, so that a loss which counts some positions pays
+        for these alone. adaLN models, and layers that are not unrolled, leave only the readout."""
+        seen = self._seen(mask)
+        x, rotation, condition = self._enter(params, tokens, positions, time)
+
+        def attend(q, k, v):
+            return attention(q, k, v, seen, rotation=rotation, impl=impl)
+
+        def block(x, weights):
+            return self._block(x, weights, attend, condition), None
+
+        unrolled = self.unroll or isinstance(params.layers, tuple)
+        if unrolled and condition is None:
+            *layers, last = unstack(params, self.layers).layers
+            for weights in layers:
+                x, _ = block(x, weights)
+            begun = Begun(x, self._mix(self._norm(x, last.attention_norm), last, attend))
+            return jax.tree.map(lambda part: _shifted(part, seen.segments), begun) if self.shift else begun
+        if unrolled:
+            for weights in unstack(params, self.layers).layers:
+                x, _ = block(x, weights)
+        else:
+            x, _ = lax.scan(block, x, params.layers)
+        hidden = self._leave(params, x, condition)
+        return Begun(_shifted(hidden, seen.segments) if self.shift else hidden)
+
+    def finish(self, params: TransformerParams, begun: Begun) -> Float[Array, "*batch width"]:
+        """Hidden states of the rows of `begun`."""
+        if begun.mixed is None:
+            return begun.x
+        if isinstance(params.layers, tuple):
+            last = params.layers[-1]
+        else:
+            names = ("o", "mlp_norm", "up", "down", "gate")
+            last = replace(params.layers, **{name: _last(getattr(params.layers, name)) for name in names})
+        x = begun.x + linear(begun.mixed, last.o)
+        x = x + self._mlp(self._norm(x, last.mlp_norm), last)
+        return self._norm(x, params.final_norm)
+
+    def over(
+        self,
+        params: TransformerParams,
+        tokens: Int[Array, "batch queries"],
+        held: Held,
+        *,
+        mask: Mask | None = None,
+        time: Float[Array, "batch"] | None = None,
+        impl: str | None = None,
+    ) -> tuple[Float[Array, "batch queries width"], Held]:
+        """A pass over the positions `held.start` and on alone, which attend to the keys and values held of a whole row:
+        their hidden states, and what is held afterwards.
+
+        `mask` is that of the whole row. With shifted logits the hidden states stay where they are: the head reads that
+        of the position before. Raises ConfigError where a time-conditioned model gets no time.
+        """
+        place = held.start[:, None] + default_positions(tokens)
+        seen = self._seen(mask).rows(place, held.k.shape[2])
+        x, rotation, condition = self._enter(params, tokens, place, time)
+
+        def block(x, layer):
+            weights, *kept = layer
+            renewed: list[jax.Array] = []
+
+            def attend(q, k, v):
+                k, v = held.put(kept[0], rotate(k, rotation)), held.put(kept[1], v)
+                renewed.extend((k, v))
+                return attention(rotate(q, rotation), k, v, seen, impl=impl)
+
+            x = self._block(x, weights, attend, condition)
+            return x, tuple(renewed)
+
+        if self.unroll or isinstance(params.layers, tuple):
+            made: list[tuple[jax.Array, ...]] = []
+            for i, weights in enumerate(unstack(params, self.layers).layers):
+                x, renewed = block(x, (weights, held.k[i], held.v[i]))
+                made.append(renewed)
+            k, v = (jnp.stack(part) for part in zip(*made))
+        else:
+            x, (k, v) = lax.scan(block, x, (params.layers, held.k, held.v))
+        return self._leave(params, x, condition), replace(held, k=k, v=v)
+
+    def nothing_held(self, batch: int, length: int) -> Held:
+        """Room for the keys and values of `length` positions of `batch` rows; none of it may be attended to."""
+        shape = (self.layers, batch, length, self.key_heads, self.dim_per_head)
+        zeros = jnp.zeros(shape, compute_dtype(self.dtype))
+        return Held(zeros, zeros, jnp.zeros(batch, jnp.int32))
+
+    def empty_cache(self, batch: int, capacity: int = 0) -> KVCache:
+        """The cache of `batch` rows before their first token, with room for `capacity` tokens (0: `max_length`)."""
+        shape = (self.layers, batch, self.key_heads, capacity or self.max_length, self.dim_per_head)
+        return empty_kv_cache(*shape, compute_dtype(self.dtype))
+
+    def _seen(self, mask: Mask | None) -> Mask:
+        """`mask` within the model's own window."""
         given = Mask() if mask is None else mask
         window = min(self.window, given.window or self.window) if self.window else given.window
-        seen = replace(given, window=window)
-        if held is not None:
-            place = held.start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-            seen, positions = seen.rows(place, held.k.shape[2]), place if positions is None else positions
+        return replace(given, window=window)
+
+    def _enter(self, params: TransformerParams, tokens, positions, time):
+        """The residual stream before the first layer, the rotations, and the condition of adaLN or None."""
+        dtype = compute_dtype(self.dtype)
         positions = default_positions(tokens) if positions is None else positions
         rotation = rotations(positions, self.dim_per_head, self.rope_theta, self.rope_scaling)
         x = embed(tokens, params.embedding).astype(dtype)
@@ -222,40 +349,38 @@ class Transformer:
         if condition is not None and self.time == "sinusoidal":
             x = x + condition[:, None, :].astype(dtype)
             condition = None
+        return x, rotation, condition
 
-        def block(x, layer):
-            weights, kept = layer
-            attend = partial(_attention, mask=seen, impl=impl, held=held, kept=kept)
-            return self._block(x, weights, rotation, condition, attend)
-
-        kept = None if held is None else (held.k, held.v)
-        if self.unroll:
-            made = []
-            for i, weights in enumerate(_unstack(params.layers, self.layers)):
-                x, new = block(x, (weights, None if held is None else (held.k[i], held.v[i])))
-                made.append(new)
-            kept = None if held is None else tuple(map(jnp.stack, zip(*made)))
-        else:
-            x, kept = lax.scan(block, x, (params.layers, kept))
+    def _leave(self, params: TransformerParams, x: jax.Array, condition: jax.Array | None) -> jax.Array:
+        """Hidden states after the last layer."""
         hidden = self._norm(x, params.final_norm)
-        if condition is not None:
-            assert params.time is not None and params.time.final is not None and params.time.final_bias is not None
-            change = linear(jax.nn.silu(condition), params.time.final) + params.time.final_bias[None, :]
-            shift, scale = jnp.split(change[:, None, :].astype(dtype), 2, axis=-1)
-            hidden = hidden * (1 + scale) + shift
-        if held is not None:
-            assert kept is not None
-            aux = {"held": replace(held, k=kept[0], v=kept[1])}
-            return Output(self.head(params, hidden) if logits else None, hidden, aux)
-        if self.shift:
-            hidden = _shifted(hidden, seen.segments)
-        return Output(self.head(params, hidden) if logits else None, hidden)
+        if condition is None:
+            return hidden
+        assert params.time is not None and params.time.final is not None and params.time.final_bias is not None
+        change = linear(jax.nn.silu(condition), params.time.final) + params.time.final_bias[None, :]
+        shift, scale = jnp.split(change[:, None, :].astype(x.dtype), 2, axis=-1)
+        return hidden * (1 + scale) + shift
 
-    def nothing_held(self, batch: int, length: int) -> Held:
-        """Room for the keys and values of `length` positions of `batch` rows; none of it may be attended to."""
-        shape = (self.layers, batch, length, self.key_heads, self.dim_per_head)
-        zeros = jnp.zeros(shape, compute_dtype(self.dtype))
-        return Held(zeros, zeros, jnp.zeros(batch, jnp.int32))
+    def _next(self, params: TransformerParams, tokens, cache: KVCache, seen: Mask, positions, time):
+        """The layers one by one over a cache: the hidden states of a chunk, and the cache after it."""
+        if self.shift:
+            raise ConfigError("a model with shifted logits has no cache: its head reads the token before the chunk")
+        chunk = arrange(cache, seen, *tokens.shape)
+        tokens = moved(tokens, chunk.order)
+        places = cache.length[:, None] + default_positions(tokens)
+        positions = places if positions is None else moved(positions, chunk.order)
+        x, rotation, condition = self._enter(params, tokens, positions, time)
+        keys, values = list(cache.keys), list(cache.values)
+        for i, weights in enumerate(unstack(params, self.layers).layers):
+
+            def attend(q, k, v, i=i):
+                keys[i] = append(keys[i], rotate(k, rotation), cache.length)
+                values[i] = append(values[i], v, cache.length)
+                return cached_attention(rotate(q, rotation), keys[i], values[i], cache.length, chunk)
+
+            x = self._block(x, weights, attend, condition)
+        hidden = moved(self._leave(params, x, condition), chunk.place)
+        return hidden, advanced(cache, keys, values, chunk)
 
     def head(self, params: TransformerParams, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """Logits in float32."""
@@ -276,29 +401,28 @@ class Transformer:
     def _norm(self, x: jax.Array, scale: jax.Array) -> jax.Array:
         return (rms_norm if self.norm == "rms" else layer_norm)(x, scale, self.norm_eps)
 
-    def _block(self, x, w: Layer, rotation, condition, attend):
+    def _block(self, x, w: Layer, attend, condition):
         if condition is None or w.modulation is None or w.modulation_bias is None:
-            out, kept = self._attend(self._norm(x, w.attention_norm), w, rotation, attend)
-            x = x + out
-            return x + self._mlp(self._norm(x, w.mlp_norm), w), kept
+            x = x + self._attend(self._norm(x, w.attention_norm), w, attend)
+            return x + self._mlp(self._norm(x, w.mlp_norm), w)
         change = linear(jax.nn.silu(condition), w.modulation) + w.modulation_bias[None, :]
         parts = jnp.split(change[:, None, :].astype(x.dtype), 6, axis=-1)
         attend_shift, attend_scale, attend_gate, mlp_shift, mlp_scale, mlp_gate = parts
         h = self._norm(x, w.attention_norm) * (1 + attend_scale) + attend_shift
-        out, kept = self._attend(h, w, rotation, attend)
-        x = x + attend_gate * out
+        x = x + attend_gate * self._attend(h, w, attend)
         h = self._norm(x, w.mlp_norm) * (1 + mlp_scale) + mlp_shift
-        return x + mlp_gate * self._mlp(h, w), kept
+        return x + mlp_gate * self._mlp(h, w)
 
-    def _attend(self, x, w: Layer, rotation, attend):
+    def _attend(self, x, w: Layer, attend):
+        return linear(self._mix(x, w, attend), w.o)
+
+    def _mix(self, x, w: Layer, attend):
         q = self._heads(x, w.q, w.q_bias, self.heads)
         k = self._heads(x, w.k, w.k_bias, self.key_heads)
         v = self._heads(x, w.v, w.v_bias, self.key_heads)
         if w.q_norm is not None and w.k_norm is not None:
             q, k = rms_norm(q, w.q_norm, self.norm_eps), rms_norm(k, w.k_norm, self.norm_eps)
-        q, k = rotate(q, rotation), rotate(k, rotation)
-        out, kept = attend(q, k, v)
-        return linear(out.reshape(*x.shape[:2], -1), w.o), kept
+        return attend(q, k, v).reshape(*x.shape[:2], -1)
 
     def _heads(self, x, weight, bias, heads: int):
         y = linear(x, weight)
@@ -312,14 +436,6 @@ class Transformer:
         return linear(inner, w.down)
 
 
-def _attention(q, k, v, *, mask: Mask, impl: str | None, held: Held | None, kept):
-    """Attention of one layer, and what is held of it afterwards (None where nothing is)."""
-    if held is None:
-        return attention(q, k, v, mask, impl=impl), None
-    k, v = held.put(kept[0], k), held.put(kept[1], v)
-    return attention(q, k, v, mask, impl=impl), (k, v)
-
-
 def _shifted(hidden: jax.Array, segments: jax.Array | None) -> jax.Array:
     """Position i holds what i - 1 held; the first of a row, and of each of its segments, keeps its own."""
     before = jnp.concatenate([hidden[:, :1], hidden[:, :-1]], axis=1)
@@ -329,8 +445,6 @@ def _shifted(hidden: jax.Array, segments: jax.Array | None) -> jax.Array:
     return jnp.where(first[:, :, None], hidden, before)
 
 
-def _unstack(layers: Layer, count: int) -> list[Layer]:
-    """One `Layer` per layer. `lax.split` transposes to one concatenation; indexing would transpose to a sum of pads."""
-    leaves, treedef = jax.tree.flatten(layers)
-    parts = [lax.split(w, (1,) * count) for w in leaves]
-    return [treedef.unflatten([part[i][0] for part in parts]) for i in range(count)]
+def _last(stacked: Any) -> Any:
+    """The last layer's share of a stacked weight, which may be quantized or None."""
+    return jax.tree.map(lambda w: w[-1], stacked)

@@ -22,7 +22,7 @@ from ruvjax.core.mixing import mix
 from ruvjax.core.model import DTYPES, Output, compute_dtype
 from ruvjax.core.norm import rms
 from ruvjax.core.params import declare
-from ruvjax.core.rope import RopeScaling, rotate, rotations
+from ruvjax.core.rope import RopeScaling, rotations
 from ruvjax.errors import ConfigError
 
 COPY_BIAS = 5.0  # of the token that stands in the very cell: to begin with, the answer is the question
@@ -380,9 +380,7 @@ class TinyRecursive:
         batch, length, d = x.shape
         parts = jnp.split(linear(x, qkv), 3, axis=-1)
         q, k, v = (part.reshape(batch, length, self.heads, d // self.heads) for part in parts)
-        if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
-        out = attention(q, k, v, mask, impl=impl).reshape(batch, length, d)
+        out = attention(q, k, v, mask, rotation=turn, impl=impl).reshape(batch, length, d)
         return rms(x + linear(out, o), -1, self.norm_eps)
 
 

@@ -15,7 +15,7 @@ from kernels_pallas.attention import Mask
 from ruvjax.diffusion.certificates import MarkovSource
 from ruvjax.diffusion.corrupt import TimeSampling
 from ruvjax.diffusion.likelihood import exact_block_nelbo, exact_nelbo
-from ruvjax.diffusion.loss import DiffusionLoss, LossKind, block_mask, corrupt, gather_rows, objective
+from ruvjax.diffusion.loss import DiffusionLoss, LossKind, corrupt, gather_rows, objective
 from ruvjax.diffusion.schedule import Schedule
 from ruvjax.errors import ConfigError
 from ruvjax.training.objective import gradient_of
@@ -266,7 +266,7 @@ def test_attend_row_leaves_the_mask_out():
     cut = spying(DiffusionLoss(attend="row", random_length=1.0), batch)[0]["mask"].segments
     assert set(np.unique(cut)) <= {0, 1}
     block = spying(DiffusionLoss("block", block_size=4, attend="row"), batch)[0]["mask"]
-    assert block.segments is None and block.dense.shape == (1, 32, 32)
+    assert block == Mask(diffusion=4)
 
 
 def test_the_network_is_told_the_time_of_its_masks():
@@ -289,7 +289,7 @@ def test_block_mask_of_two_blocks():
     .... 1111
     .... 1111"""
     expected = [[c == "1" for c in line.replace(" ", "")] for line in picture.split("\n")[1:]]
-    assert np.array_equal(block_mask(4, 2)[0], expected)
+    assert np.array_equal(Mask(diffusion=2).allowed(8)[0], expected)
 
 
 def test_block_of_one_is_the_autoregressive_nll(network, tiny_model):
@@ -323,7 +323,7 @@ def test_a_block_does_not_see_itself_clean(network):
     """Changing a masked token changes nothing in its own noisy block, and does change the clean copy."""
     encode, project, params = network
     tokens = make_batch(1, 8).tokens
-    mask, positions, hidden = Mask(dense=block_mask(8, 4)), jnp.tile(jnp.arange(8), 2)[None], []
+    mask, positions, hidden = Mask(diffusion=4), jnp.tile(jnp.arange(8), 2)[None], []
     for clean in (tokens, tokens.at[0, 5].set((tokens[0, 5] + 1) % MASK)):
         noisy = clean.at[0, 4:8].set(MASK)
         hidden.append(encode(params, jnp.concatenate([noisy, clean], axis=1), None, mask, positions))

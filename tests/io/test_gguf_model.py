@@ -20,6 +20,7 @@ from ruvjax.io.gguf import open_gguf
 from ruvjax.io.gguf_export import save_gguf
 from ruvjax.io.gguf_model import load_gguf
 from ruvjax.io.gguf_write import Out, encode, write_gguf
+from ruvjax.io.huggingface import load_model, save_model
 from ruvjax.models.transformer import Transformer
 
 TINY = Transformer(
@@ -162,6 +163,27 @@ def test_every_kind_is_written_and_read(kind, tmp_path):
             np.testing.assert_array_equal(open_gguf(again).blocks(name), file.blocks(name))
     else:
         assert_equal_trees(kept, loaded)
+
+
+def test_the_doorway_of_folders_takes_gguf_files_too(tmp_path):
+    """Quantized matrices go through `core.linear` as they are: the logits are those of the decoded weights."""
+    path = save_gguf(tmp_path / "m.gguf", WIDE, drawn(WIDE), "Q4_K", tokens={"eos_token_id": 3})
+    model, params, files = load_model(path)
+    assert files.causal and files.eos_token_id == 3 and files.folder == tmp_path
+    assert_equal_trees(params, load_gguf(path)[1])
+    kept = load_model(path, quantized=True)[1]
+    assert isinstance(kept.layers.q, QuantizedWeight) and kept.layers.q.kind == "Q4_K"
+    model, tokens = dataclasses.replace(model, dtype="float32"), jnp.arange(12, dtype=jnp.int32)[None]
+    dense = model.apply(params, tokens, mask=Mask(causal=True)).logits
+    found = model.apply(kept, tokens, mask=Mask(causal=True)).logits
+    np.testing.assert_allclose(found, dense, atol=0.05 * float(jnp.abs(dense).max()))
+    with pytest.raises(InputError, match="not read into shardings"):
+        load_model(path, shardings=lambda model: None)
+    with pytest.raises(InputError, match="only .gguf files"):
+        load_model(save_model(tmp_path / "folder", WIDE, drawn(WIDE)), quantized=True)
+    (tmp_path / "m.bin").write_bytes(b"x")
+    with pytest.raises(InputError, match="no such model folder"):
+        load_model(tmp_path / "m.bin")
 
 
 def test_rows_that_are_no_whole_blocks_get_a_finer_kind(tmp_path):

@@ -46,6 +46,7 @@ CASES = {
         Mask(causal=True, segments=jnp.asarray(SEGMENTS)),
         lambda b, i, j: SEGMENTS[b, i] == SEGMENTS[b, j] and SEGMENTS[b, i] != 0 and j <= i,
     ),
+    "lengths": (Mask(lengths=jnp.array([5, 0])), lambda b, i, j: max(i, j) < (5, 0)[b]),
     "dense": (Mask(dense=jnp.asarray(DENSE)), lambda b, i, j: DENSE[b, i, j]),
 }
 
@@ -81,6 +82,25 @@ def test_padding_gives_zeros_and_stays_out_of_the_gradient():
     assert not np.asarray(out[0, 5:]).any()
     for gradient in pull(jnp.ones_like(out)):
         assert np.isfinite(gradient).all() and not np.asarray(gradient[0, 5:]).any()
+
+
+@pytest.mark.parametrize("impl", ["reference", "xla"])
+def test_block_diffusion_is_the_definition(impl):
+    """Rows of a noisy and a clean text of 5 tokens, the second text 4 long, in blocks of 2, seen within 3 positions."""
+
+    def allowed(b, i, j):
+        (query, key), noisy, seen_noisy = (i % 5, j % 5), i < 5, j < 5
+        if max(query, key) >= (5, 4)[b] or abs(query - key) >= 3:
+            return False
+        if seen_noisy:
+            return noisy and query // 2 == key // 2
+        return key // 2 < query // 2 or (key // 2 == query // 2 and not noisy)
+
+    q, k, v = draw(2, 10, 4, 2, 8)
+    mask = Mask(diffusion=2, window=3, lengths=jnp.array([5, 4]))
+    np.testing.assert_allclose(attention(q, k, v, mask, impl=impl), plain(q, k, v, allowed), atol=2e-6)
+    with pytest.raises(ValueError, match="a row of 9"):
+        attention(q[:, 1:], k[:, 1:], v[:, 1:], Mask(diffusion=2), impl=impl)
 
 
 @settings(max_examples=12)  # each shape compiles anew

@@ -47,6 +47,31 @@ def test_forward_and_gradients_are_the_oracles(dtype, name):
         np.testing.assert_allclose(ours, expected, atol=2 * TOLERANCE[dtype] * max(1, np.abs(expected).max()))
 
 
+def rotated(q, k, v, rotation, impl):
+    """Output and gradients where q and k are rotated by the op."""
+
+    def weighed(q, k, v):
+        out = attention(q, k, v, Mask(causal=True), rotation=rotation, impl=impl)
+        return jnp.sum(out.astype(jnp.float32) * jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
+
+    return jax.value_and_grad(weighed, argnums=(0, 1, 2))(q, k, v)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("rows", "length"), [(1, 19), (2, 300)])
+def test_it_rotates_queries_and_keys(dtype, rows, length):
+    q, k, v, _ = operands(dtype, length=length)
+    angle = jnp.arange(rows * length * 8, dtype=jnp.float32).reshape(rows, length, 8) * 0.1
+    rotation = (jnp.cos(angle), jnp.sin(angle))
+    assert "ruvjax_attention" in jax.jit(lambda *x: attention(*x, rotation=rotation)).lower(q, k, v).as_text()
+    oracle = jax.tree.leaves(rotated(q, k, v, rotation, "reference"))
+    for ours, expected in zip(jax.tree.leaves(rotated(q, k, v, rotation, None)), oracle, strict=True):
+        ours, expected = (np.asarray(x, np.float32) for x in (ours, expected))
+        np.testing.assert_allclose(ours, expected, atol=3 * TOLERANCE[dtype] * max(1, np.abs(expected).max()))
+    assert not np.allclose(oracle[1], rotated(q, k, v, (rotation[0], -rotation[1]), "reference")[1][0], atol=0.05)
+
+
 @needs_compiler
 @pytest.mark.parametrize(("length", "dim", "heads", "kv_heads"), [(1, 8, 1, 1), (33, 64, 6, 1), (300, 32, 2, 2)])
 def test_odd_sizes(length, dim, heads, kv_heads):

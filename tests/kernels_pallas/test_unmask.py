@@ -10,7 +10,7 @@ from kernels_pallas.dispatch import ImplError
 from kernels_pallas.unmask import LOG_ZERO, draw_noise, group_size, masked_cross_entropy, unmask
 
 noise_of = jax.jit(draw_noise, static_argnums=(1, 2))
-judged = jax.jit(unmask, static_argnames=("temperature", "impl"))
+judged = jax.jit(unmask, static_argnames=("temperature", "top_k", "impl"))
 
 
 def log_softmax(logits):
@@ -146,6 +146,42 @@ def test_what_has_no_probability_is_never_drawn():
     assert set(np.asarray(under)) == {group + 1}
 
 
+@pytest.mark.parametrize(("dtype", "top_k"), [(jnp.float32, 1), (jnp.bfloat16, 11), (jnp.float32, 300)])
+def test_top_k_is_the_floor_of_the_kth_largest_logit_and_leaves_the_statistics_alone(dtype, top_k):
+    """Logits on a grid of 30 values, so that many tie with the k-th, in groups of the k largest and in others."""
+    generator = np.random.default_rng(7)
+    logits = jnp.asarray(generator.integers(0, 30, (64, 300)) / 4, dtype)
+    noise = noise_of(jax.random.key(8), (64,), 300)
+    lowest = jnp.sort(logits.astype(jnp.float32), axis=-1)[:, -top_k]
+    whole = judged(logits, noise, temperature=1.4)
+    for floor in (None, jnp.full(64, 6.0)):
+        both = lowest if floor is None else jnp.maximum(lowest, floor)
+        cut = judged(logits, noise, floor=both, temperature=1.4, impl="reference")
+        for impl in ("reference", "xla"):
+            drawn = judged(logits, noise, floor=floor, temperature=1.4, top_k=top_k, impl=impl)
+            np.testing.assert_array_equal(drawn.token, cut.token)
+            for name in ("confidence", "entropy", "margin"):
+                np.testing.assert_allclose(getattr(drawn, name), getattr(whole, name), rtol=1e-4, atol=1e-5)
+            expected = log_softmax(logits)[np.arange(64), np.asarray(drawn.token)]
+            np.testing.assert_allclose(drawn.log_prob, expected, rtol=1e-5, atol=1e-5)
+    below = np.asarray(logits.astype(jnp.float32))[np.arange(64), np.asarray(whole.token)] < np.asarray(lowest)
+    assert below.any() == (top_k < 100), "without top-k the same noise draws what top-k forbids"
+
+
+def test_top_k_follows_the_renormalised_softmax():
+    """The control is the law without top-k."""
+    logits = np.random.default_rng(3).normal(size=300)
+    kept = logits >= np.sort(logits)[-40]
+    noise = noise_of(jax.random.key(4), (20_000,), 300)
+    token = judged(jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (20_000, 300)), noise, top_k=40).token
+    counts = np.bincount(token, minlength=300)
+    p = np.where(kept, np.exp(logits), 0)
+    assert counts[~kept].sum() == 0
+    assert stats.chisquare(counts[kept], 20_000 * p[kept] / p.sum()).pvalue > 1e-3
+    p = np.exp(logits)
+    assert stats.chisquare(counts, 20_000 * p / p.sum()).pvalue < 1e-6
+
+
 def test_noise_reaches_far_and_stays_finite():
     noise = np.asarray(noise_of(jax.random.key(6), (1000,), 1000))
     assert noise.shape == (1000, 32 + 32) and np.isfinite(noise).all()
@@ -153,11 +189,23 @@ def test_noise_reaches_far_and_stays_finite():
     assert stats.kstest(noise.ravel(), stats.gumbel_r.cdf).pvalue > 1e-3
 
 
+def test_the_noise_of_a_row_does_not_depend_on_the_rows_around_it():
+    key = jax.random.key(9)
+    whole = np.asarray(noise_of(key, (6, 4), 37))
+    for shape in ((24,), (2, 4), (3,), (1, 1)):
+        rows = int(np.prod(shape))
+        part = np.asarray(noise_of(key, shape, 37))
+        np.testing.assert_array_equal(part.reshape(rows, -1), whole.reshape(24, -1)[:rows])
+    assert (whole[0] != whole[1]).all(), "and no two rows share it"
+
+
 def test_an_implementation_that_is_not_there_is_refused():
     logits, targets = jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32)
-    with pytest.raises(ImplError, match=r"masked_cross_entropy.*pallas_gpu.*not written.*xla"):
+    with pytest.raises(ImplError, match=r"masked_cross_entropy.*pallas_gpu.*cannot run here.*fewer than 16 bytes"):
         masked_cross_entropy(logits, targets, impl="pallas_gpu")
     with pytest.raises(ImplError, match=r"unmask.*cuda.*not known.*interpret"):
         unmask(logits, temperature=0.0, impl="cuda")
     with pytest.raises(ValueError, match="needs noise"):
         unmask(logits)
+    with pytest.raises(ValueError, match="top_k -1 is negative"):
+        unmask(logits, temperature=0.0, top_k=-1)

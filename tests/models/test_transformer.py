@@ -55,6 +55,17 @@ def test_scan_and_loop_agree_and_every_weight_matters(name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+def test_some_rows_can_be_finished_alone(name):
+    model = VARIANTS[name]
+    params, x, rows = noisy(model), tokens(), jnp.array([13, 2, 2, 7])
+    begun = model.begin(params, x, time=times(model))
+    assert (begun.mixed is None) == (model.time == "adaln")
+    some = jax.tree.map(lambda part: part.reshape(20, -1)[rows], begun)
+    whole = model.apply(params, x, time=times(model), logits=False).hidden
+    np.testing.assert_allclose(model.finish(params, some), whole.reshape(20, -1)[rows], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_bfloat16_follows_float32(name):
     model = VARIANTS[name]
     params, x = noisy(model), tokens()
