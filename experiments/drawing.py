@@ -85,14 +85,16 @@ def steps(loaded: Loaded, sampler: Sampler | Decoding, canvas: Canvas, key: jax.
     if isinstance(sampler, Decoding):
         yield from left_to_right(loaded, sampler, canvas, key)
         return
-    carry, mask_id = _carry(canvas, sampler), loaded.tokenizer.mask_id
+    rows, length = canvas.tokens.shape
+    both = 2 * rows if sampler.guidance else rows
+    forward, carry = loaded.denoiser(sampler, both, length, _carry(canvas, sampler))
     for _, events in stream(
         sampler,
-        loaded.forward,
+        forward,
         loaded.params,
         canvas.tokens,  # pyright: ignore[reportArgumentType]
         key,
-        mask_id=mask_id,
+        mask_id=loaded.tokenizer.mask_id,
         carry=carry,
     ):
         yield events

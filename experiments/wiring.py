@@ -25,6 +25,7 @@ from ruvjax.data.tokenize import Tokenizer, load_tokenizer
 from ruvjax.decoding import likelihood as left
 from ruvjax.decoding.autoregressive import Decoding
 from ruvjax.decoding.likelihood import NextToken
+from ruvjax.diffusion.cache import cached, empty_cache
 from ruvjax.diffusion.loss import Encode, Project, objective
 from ruvjax.diffusion.sampler import Forward, Sampler
 from ruvjax.diffusion.schedule import Schedule
@@ -71,6 +72,15 @@ class Loaded:
             return forward_left_of(self.model, self.attention)
         return forward_of(self.model, self.attention, self.block_size)
 
+    def denoiser(self, sampler: Sampler, rows: int, length: int, segments: Any) -> tuple[Forward, Any]:
+        """The forward and its first carry for `rows` rows (both halves under guidance) of `length` tokens."""
+        if sampler.cache == "none":
+            return self.forward, segments
+        assert isinstance(self.model, Transformer)
+        held = self.model.nothing_held(rows, length)
+        forward = cached_forward_of(self.model, sampler, self.attention, self.block_size)
+        return forward, empty_cache(sampler, held, segments)
+
     @property
     def context(self) -> int:
         """The longest row the model takes; Mamba's state has no end, so there it is what fits an int32."""
@@ -104,6 +114,17 @@ def start_backend(name: str, distributed: Any = None) -> None:
     kind = require(name)
     if name != "auto" and devices(kind)[0] not in jax.devices():
         jax.config.update("jax_default_device", devices(kind)[0])
+
+
+@functools.cache
+def cached_forward_of(model: Transformer, sampler: Sampler, attention: str | None, block_size: int) -> Forward:
+    """The forward of a `sampler` with a cache; one object per model and settings, as `forward_of`."""
+
+    def run(params, tokens, time, segments, held):
+        mask = AttentionMask(segments=segments, block=block_size)
+        return model.over(params, tokens, held, mask=mask, time=time, impl=attention)
+
+    return cached(sampler, run, model.head, shift=model.shift)
 
 
 @functools.cache
@@ -248,6 +269,20 @@ def block_sampler(sampler: Sampler, block_size: int, note: Callable[[str], None]
     return dataclasses.replace(sampler, block_size=block_size, block_origin="canvas")
 
 
+def check_cache(sampler: Sampler, loaded: Loaded) -> None:
+    """Raise ConfigError for a cache that the model cannot have."""
+    model = loaded.model
+    if not isinstance(model, Transformer):
+        raise ConfigError(f"sampler.cache={sampler.cache} is for transformers", "sampler.cache=none")
+    if sampler.cache == "block" and not loaded.block_size:
+        raise ConfigError("sampler.cache=block is for models trained with objective=block", "sampler.cache=dual")
+    if sampler.cache == "block" and model.time != "none":
+        raise ConfigError(
+            f"sampler.cache=block is exact, and with model.time={model.time} no cache is: keys depend on the time",
+            "sampler.cache=dual, or a model with time=none",
+        )
+
+
 def finish_sampler(sampler: Sampler | Decoding, loaded: Loaded, note: Callable[[str], None]) -> Sampler | Decoding:
     """`sampler` with what only the model knows: its blocks, and its end and padding tokens where they are asked for.
 
@@ -266,6 +301,8 @@ def finish_sampler(sampler: Sampler | Decoding, loaded: Loaded, note: Callable[[
     if sampler.eos_handling != "none" and sampler.eos_id < 0:
         ends = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "end_ids": loaded.end_ids}
         sampler = dataclasses.replace(sampler, **ends)
+    if sampler.cache != "none":
+        check_cache(sampler, loaded)
     if not sampler.vocabulary and tokenizer.vocab_size < loaded.model.vocab_size:
         sampler = dataclasses.replace(sampler, vocabulary=tokenizer.vocab_size)
     return sampler

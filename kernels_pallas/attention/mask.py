@@ -42,10 +42,24 @@ class Mask:
 
     def allowed(self, length: int) -> jax.Array | None:
         """bool [batch or 1, length, length], or None where everything is allowed."""
+        return self._at(jnp.arange(length)[None, :], self.segments, length)
+
+    def rows(self, positions: jax.Array, length: int) -> "Mask":
+        """The mask of the queries that stand at `positions` [batch or 1, queries] among `length` keys, as a dense one.
+
+        What is dense in this mask already must be of those queries.
+        """
+        segments = self.segments
+        if segments is not None:
+            segments = jnp.take_along_axis(
+                segments, jnp.broadcast_to(positions, (len(segments), positions.shape[1])), 1
+            )
+        return Mask(dense=self._at(positions, segments, length))
+
+    def _at(self, positions: jax.Array, segments: jax.Array | None, length: int) -> jax.Array | None:
         conditions = []
-        text = self.text_length(length)
-        position = jnp.arange(length) % max(text, 1)
-        query, key = position[None, :, None], position[None, None, :]
+        text, keys = self.text_length(length), jnp.arange(length)
+        query, key = (positions % max(text, 1))[:, :, None], (keys % max(text, 1))[None, None, :]
         if self.causal:
             conditions.append(key <= query)
         if self.block:
@@ -53,17 +67,17 @@ class Mask:
         if self.window:
             conditions.append(jnp.abs(query - key) < self.window)
         if self.diffusion:
-            clean = jnp.arange(length) >= text
+            clean = (positions >= text)[:, :, None]
             of_query, of_key = query // self.diffusion, key // self.diffusion
-            sees_clean = jnp.where(clean[None, :, None], of_key <= of_query, of_key < of_query)
-            sees_noisy = ~clean[None, :, None] & (of_key == of_query)
-            conditions.append(jnp.where(clean[None, None, :], sees_clean, sees_noisy))
+            sees_clean = jnp.where(clean, of_key <= of_query, of_key < of_query)
+            sees_noisy = ~clean & (of_key == of_query)
+            conditions.append(jnp.where((keys >= text)[None, None, :], sees_clean, sees_noisy))
         if self.lengths is not None:
             ends = self.lengths[:, None, None]
             conditions.append((query < ends) & (key < ends))
-        if self.segments is not None:
-            same = self.segments[:, :, None] == self.segments[:, None, :]
-            conditions.append(same & (self.segments != 0)[:, :, None])
+        if self.segments is not None and segments is not None:
+            same = segments[:, :, None] == self.segments[:, None, :]
+            conditions.append(same & (segments != 0)[:, :, None])
         if self.dense is not None:
             conditions.append(self.dense)
         if not conditions:

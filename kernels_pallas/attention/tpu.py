@@ -42,6 +42,8 @@ def unsupported(q: jax.Array, k: jax.Array, v: jax.Array) -> str:
     """Why the kernels cannot take these operands, "" where they can."""
     if not (q.dtype == k.dtype == v.dtype and q.dtype in (jnp.float32, jnp.bfloat16)):
         return f"{q.dtype}, {k.dtype} and {v.dtype} are not all float32 or all bfloat16"
+    if q.shape[1] != k.shape[1]:
+        return f"{q.shape[1]} queries over {k.shape[1]} keys are not written"
     if q.shape[-1] > MAX_DIM:
         return f"a head dimension of {q.shape[-1]} is above {MAX_DIM}"
     return compat.missing("tpu")

@@ -22,14 +22,15 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None, scale: float) -> jax.Array:
-    """The same with the mask as bool [batch or 1, length, length], or None where everything is allowed."""
+    """The same with the mask as bool [batch or 1, queries, keys], or None where everything is allowed; there may be
+    another number of keys than of queries."""
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
     # Query heads that share a key head stand one below the other: one dot a key head, keys never repeated.
     folded_q = q.reshape(batch, length, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
     folded_q = folded_q.reshape(batch * kv_heads, group * length, dim)
-    folded_k, folded_v = (x.transpose(0, 2, 1, 3).reshape(batch * kv_heads, length, dim) for x in (k, v))
+    folded_k, folded_v = (x.transpose(0, 2, 1, 3).reshape(batch * kv_heads, k.shape[1], dim) for x in (k, v))
     out = cast(jax.Array, _attend(folded_q, folded_k, folded_v, allowed, scale))
     out = out.reshape(batch, kv_heads, group, length, dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, heads, dim)
@@ -50,8 +51,8 @@ def _probabilities(q, k, allowed, scale):
     scores = contract(q, k, 2, 2) * scale
     if allowed is None:
         return jax.nn.softmax(scores, axis=-1)
-    length = k.shape[1]
-    shaped = scores.reshape(allowed.shape[0], -1, q.shape[1] // length, length, length)
+    queries = allowed.shape[1]
+    shaped = scores.reshape(allowed.shape[0], -1, q.shape[1] // queries, queries, k.shape[1])
     keep = allowed[:, None, None]
     shaped = jnp.where(keep, shaped, -1e30)
     weights = jnp.where(keep, jnp.exp(shaped - shaped.max(axis=-1, keepdims=True)), 0.0)

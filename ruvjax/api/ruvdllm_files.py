@@ -56,7 +56,7 @@ def _read_folder(folder: Path) -> Read:
     if not isinstance(network, Transformer):
         raise errors.InputError(f"{source}: this is a Mamba, and no diffusion transformer", "ruvjax.api.repair")
     causal = files.mask_token_id is None  # then its tokenizer knows no mask either
-    tokenizer = None if causal or files.tokenizer is None else load_tokenizer(files.tokenizer, **_ids(files))
+    tokenizer = None if causal or files.tokenizer is None else _tokenizer(files.tokenizer, files)
     return Read(network, params, files, tokenizer, source)
 
 
@@ -71,11 +71,11 @@ def _gguf_tokenizer(file: GgufFile, files: ModelFiles) -> Tokenizer | None:
     if files.mask_token_id is None or "tokenizer.ggml.tokens" not in file.metadata:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        return load_tokenizer(extract_tokenizer(file, folder), **_ids(files))
+        return _tokenizer(extract_tokenizer(file, folder), files)
 
 
-def _ids(files: ModelFiles) -> dict[str, Any]:
-    return {"mask_id": files.mask_token_id, "eos_id": files.eos_token_id, "pad_id": files.pad_token_id}
+def _tokenizer(path: str | Path, files: ModelFiles) -> Tokenizer:
+    return load_tokenizer(path, mask_id=files.mask_token_id, eos_id=files.eos_token_id, pad_id=files.pad_token_id)
 
 
 def _quantized(read: Read) -> Read:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ruvjax.core.events import Event, Kind, StepEvents, unpack
 from ruvjax.core.model import Output
+from ruvjax.diffusion.cache import BlockCache
 from ruvjax.diffusion.schedule import Schedule
 from ruvjax.diffusion.transition import advance, block_of, first_block
 from ruvjax.errors import ConfigError
@@ -29,6 +30,7 @@ Grid = Literal["uniform", "cosine", "dream"]
 Remask = Literal["none", "cap", "rescale", "conf", "loop"]
 EosHandling = Literal["none", "suppress", "stop"]
 BlockOrigin = Literal["prompt", "canvas"]
+Cache = Literal["none", "prefix", "dual", "block"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,14 @@ class Sampler:
     eos_handling: suppress: the end token is never drawn, and no confidence comes from it. stop: once an end token and
                  all to its left are committed, the free positions after it become `pad_id` (-1: eos_id) and the row
                  is finished.
+    cache:       with blocks, keep keys and values between passes (`ruvjax.diffusion.cache`): prefix and dual, which are
+                 approximate, or block, exact, for models trained in blocks. The forward is then one of `cache.cached`.
+    refresh_every: with prefix and dual, a whole pass also after so many steps (0: only where a block begins; 1: always,
+                 which is no cache).
+    refresh_kl:  with prefix and dual, let the error decide: measure it at each refresh (KL in nats a masked position,
+                 for one more pass over the block), and halve the steps between two where it is above this,
+                 double them where it is below half of it (0: off).
+    meter:       measure that KL at every step, by a whole pass each: to judge a cache, not to save time.
     """
 
     order: Order = "ancestral"
@@ -97,6 +107,10 @@ class Sampler:
     pad_id: int = -1
     end_ids: tuple[int, ...] = ()
     vocabulary: int = 0
+    cache: Cache = "none"
+    refresh_every: int = 0
+    refresh_kl: float = 0.0
+    meter: bool = False
 
     def __post_init__(self):
         for name, kind in (
@@ -105,6 +119,7 @@ class Sampler:
             ("remask", Remask),
             ("eos_handling", EosHandling),
             ("block_origin", BlockOrigin),
+            ("cache", Cache),
         ):
             _require(name, getattr(self, name), getattr(self, name) in get_args(kind), ", ".join(get_args(kind)))
         for name, low in (
@@ -115,6 +130,7 @@ class Sampler:
             ("eos_id", -1),
             ("pad_id", -1),
             ("vocabulary", 0),
+            ("refresh_every", 0),
         ):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
@@ -131,6 +147,7 @@ class Sampler:
             ("top_p", 1e-6, 1.0),
             ("min_p", 0.0, 1.0),
             ("repetition_penalty", 1e-3, 1e3),
+            ("refresh_kl", 0.0, 1e3),
         ):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -152,6 +169,13 @@ class Sampler:
             )
         plain = self.remask == "none" or self.order == "ancestral"
         _require("remask", self.remask, plain, f"none with order={self.order}")
+        _require("cache", self.cache, self.cache == "none" or self.block_size > 0, "none without sampler.block_size")
+        canvas = self.cache != "block" or self.block_origin == "canvas"
+        _require("cache", self.cache, canvas, "block only with block_origin=canvas")
+        stale = self.cache in ("prefix", "dual")
+        _require("refresh_every", self.refresh_every, stale or not self.refresh_every, f"0 with cache={self.cache}")
+        _require("refresh_kl", self.refresh_kl, stale or not self.refresh_kl, f"0 with cache={self.cache}")
+        _require("meter", self.meter, self.cache != "none" or not self.meter, "false with cache=none")
         if self.remask == "loop" and not 0 < self.t_off < self.t_on < 1:
             raise ConfigError(f"sampler.t_on={self.t_on} and t_off={self.t_off} make no loop", "0 < t_off < t_on < 1")
         if self.remask == "loop" and not 0 < self.loop_alpha < 1:
@@ -215,6 +239,11 @@ def init_state(
     _require("pad_id", sampler.pad_id, sampler.pad_id != mask_id, f"not the mask token {mask_id}")
     _require("eos_id", sampler.eos_id, sampler.eos_id != mask_id, f"not the mask token {mask_id}")
     _require("end_ids", sampler.end_ids, mask_id not in sampler.end_ids, f"not the mask token {mask_id}")
+    if (sampler.cache == "none") == isinstance(carry, BlockCache):
+        raise ConfigError(
+            f"sampler.cache={sampler.cache} and the carry do not go together",
+            "a forward of cache.cached, with cache.empty_cache as its carry",
+        )
     tokens = jnp.asarray(tokens, jnp.int32)
     batch, _ = tokens.shape
     free = tokens == mask_id

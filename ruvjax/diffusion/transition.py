@@ -13,6 +13,7 @@ from kernels_pallas.unmask import LOG_ZERO, Unmasked, draw_noise, unmask
 from ruvjax.core.logits import draw_floor, repetition_penalty, seen_tokens, suppress
 from ruvjax.diffusion import order as ordering
 from ruvjax.diffusion import remask as remasking
+from ruvjax.diffusion.cache import View
 
 
 def _origin(sampler, free):
@@ -90,7 +91,13 @@ def advance(sampler, forward, params, state):
     time, choose = _CLOCKS.get(sampler.order, _ranked)(sampler, now)
     # A finished row still goes through the forward; time 1 keeps its share of it finite.
     time = jnp.where(active, jnp.clip(time, 1e-6, 1.0), 1.0)
-    logits, carry = _logits(sampler, forward, params, state, time, look)
+    if sampler.cache != "none":
+        start = jnp.zeros_like(state.block) if window is None else window[:, 0]
+        view = View(start, masked, state.block, state.block_step == 0, active)
+        view = jax.tree.map(lambda x: jnp.concatenate([x, x]), view) if sampler.guidance else view
+        state = state.replace(carry=state.carry.replace(view=view))
+    # A cached forward gives the logits of the window alone.
+    logits, carry = _logits(sampler, forward, params, state, time, look if sampler.cache == "none" else lambda x: x)
     drawn = _draw(sampler, now, logits, mask_id)
     commit, back = choose(drawn)
 

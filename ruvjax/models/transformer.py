@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.attention import Mask, attention, rotate
 from ruvjax.core.cache import KVCache, advanced, append, arrange, cached_attention, empty_kv_cache, moved
+from ruvjax.core.held import Held
 from ruvjax.core.linear import embed, linear, readout
 from ruvjax.core.model import DTYPES, Output, compute_dtype
 from ruvjax.core.norm import layer_norm, rms_norm
@@ -278,6 +279,54 @@ class Transformer:
         x = begun.x + linear(begun.mixed, last.o)
         x = x + self._mlp(self._norm(x, last.mlp_norm), last)
         return self._norm(x, params.final_norm)
+
+    def over(
+        self,
+        params: TransformerParams,
+        tokens: Int[Array, "batch queries"],
+        held: Held,
+        *,
+        mask: Mask | None = None,
+        time: Float[Array, "batch"] | None = None,
+        impl: str | None = None,
+    ) -> tuple[Float[Array, "batch queries width"], Held]:
+        """A pass over the positions `held.start` and on alone, which attend to the keys and values held of a whole row:
+        their hidden states, and what is held afterwards.
+
+        `mask` is that of the whole row. With shifted logits the hidden states stay where they are: the head reads that
+        of the position before. Raises ConfigError where a time-conditioned model gets no time.
+        """
+        place = held.start[:, None] + default_positions(tokens)
+        seen = self._seen(mask).rows(place, held.k.shape[2])
+        x, rotation, condition = self._enter(params, tokens, place, time)
+
+        def block(x, layer):
+            weights, *kept = layer
+            renewed: list[jax.Array] = []
+
+            def attend(q, k, v):
+                k, v = held.put(kept[0], rotate(k, rotation)), held.put(kept[1], v)
+                renewed.extend((k, v))
+                return attention(rotate(q, rotation), k, v, seen, impl=impl)
+
+            x = self._block(x, weights, attend, condition)
+            return x, tuple(renewed)
+
+        if self.unroll or isinstance(params.layers, tuple):
+            made: list[tuple[jax.Array, ...]] = []
+            for i, weights in enumerate(unstack(params, self.layers).layers):
+                x, renewed = block(x, (weights, held.k[i], held.v[i]))
+                made.append(renewed)
+            k, v = (jnp.stack(part) for part in zip(*made))
+        else:
+            x, (k, v) = lax.scan(block, x, (params.layers, held.k, held.v))
+        return self._leave(params, x, condition), replace(held, k=k, v=v)
+
+    def nothing_held(self, batch: int, length: int) -> Held:
+        """Room for the keys and values of `length` positions of `batch` rows; none of it may be attended to."""
+        shape = (self.layers, batch, length, self.key_heads, self.dim_per_head)
+        zeros = jnp.zeros(shape, compute_dtype(self.dtype))
+        return Held(zeros, zeros, jnp.zeros(batch, jnp.int32))
 
     def empty_cache(self, batch: int, capacity: int = 0) -> KVCache:
         """The cache of `batch` rows before their first token, with room for `capacity` tokens (0: `max_length`)."""
