@@ -16,6 +16,7 @@ from kernels_pallas.quant_matmul import quant_matmul, quantize
 from kernels_pallas.selective_scan import selective_scan, state_space_dual
 from kernels_pallas.unmask import draw_noise, masked_cross_entropy, unmask
 
+NATIVE = "xla by C++"
 DEVICES = {"pallas_gpu": ("cuda", "GPU"), "pallas_tpu": ("tpu", "TPU")}
 
 
@@ -73,7 +74,8 @@ def describe(folder: str, call: Callable[[], Any], asked: str = "") -> str:
         except dispatch.ImplError as error:
             return f"none: {error}"
     if not decisions:
-        return "a library's kernel: the op itself chose it"
+        taken, reasons = _native(folder)
+        return f"{taken}: {reasons[0]}" if taken == NATIVE else "a library's kernel: the op itself chose it"
     decision = decisions[0]  # an op inside another comes after it
     taken = next(iter(decision.taken.values()))
     reasons = [f"asked for by kernels.{folder}"] if asked else []
@@ -99,4 +101,4 @@ def _native(folder: str) -> tuple[str, list[str]]:
         return "xla", ["the C++ kernel runs where there is a CPU alone"]
     module = import_module(f"kernels_pallas.{folder}.cpu")
     reason = native.unavailable(module.SOURCE, module.TARGETS)
-    return ("xla", [f"no C++ kernel: {reason}"]) if reason else ("xla by C++", ["compiled for this processor"])
+    return ("xla", [f"no C++ kernel: {reason}"]) if reason else (NATIVE, ["compiled for this processor"])

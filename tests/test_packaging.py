@@ -52,7 +52,7 @@ def chosen(lock: Path, python: str) -> dict[str, str]:
 
 
 def test_locks_name_no_place():
-    assert {path.name for path in LOCKS} >= {"build.txt", "run.txt", "test.txt", "metal.txt"}
+    assert {path.name for path in LOCKS} >= {"build.txt", "run.txt", "test.txt", "cuda13.txt", "metal.txt"}
     for path in (ROOT / "requirements").iterdir():
         for forbidden in ("://", "--index", "--find-links", "--extra-index", "--trusted-host", " @ "):
             assert forbidden not in path.read_text(), (path.name, forbidden)
@@ -73,7 +73,7 @@ def test_a_loose_line_is_seen(bad):
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-@pytest.mark.parametrize(("lock", "extras"), [("run", ()), ("test", ("test",))])
+@pytest.mark.parametrize(("lock", "extras"), [("run", ()), ("test", ("test",)), ("cuda13", ("test",))])
 def test_locks_satisfy_the_project(lock, extras, python):
     versions = chosen(ROOT / "requirements" / f"{lock}.txt", python)
     wanted = PROJECT["dependencies"] + [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
@@ -86,8 +86,10 @@ def test_locks_satisfy_the_project(lock, extras, python):
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_one_environment_serves_run_and_test(python):
-    run, test, build = (chosen(ROOT / "requirements" / f"{name}.txt", python) for name in ("run", "test", "build"))
-    assert run.items() <= test.items()
+    names = ("run", "test", "build", "cuda13")
+    run, test, build, cuda = (chosen(ROOT / "requirements" / f"{name}.txt", python) for name in names)
+    assert run.items() <= test.items() <= cuda.items()
+    assert cuda["jax-cuda13-plugin"] == cuda["jax"] and "jax-cuda13-plugin" not in test
     assert all(test.get(name, version) == version for name, version in build.items())
 
 
@@ -113,7 +115,7 @@ def test_the_license_is_apache():
     assert PROJECT["license"] == "Apache-2.0"
 
 
-@pytest.mark.parametrize("script", ["scripts/run", "scripts/test", "scripts/lock", ".ci/run"])
+@pytest.mark.parametrize("script", ["scripts/run", "scripts/test", "scripts/lock", "scripts/gpu_check", ".ci/run"])
 def test_scripts_can_be_run(script):
     path = ROOT / script
     assert os.access(path, os.X_OK)
@@ -145,6 +147,20 @@ def test_no_python_is_one_clear_line(tmp_path):
     result = call_setup(tmp_path, "find_python", PATH=str(tools))
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "needs Python 3.11" in result.stderr
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="this machine has an NVIDIA GPU")
+def test_the_gpu_check_says_that_there_is_no_gpu(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("dirname", "sh"):
+        (tools / name).symlink_to(next(p for p in (Path("/bin", name), Path("/usr/bin", name)) if p.exists()))
+    environment = {"PATH": str(tools), "RUVJAX_VENV": str(tmp_path / "venv")}
+    command = [ROOT / "scripts" / "gpu_check"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and "no NVIDIA GPU here" in result.stderr
+    assert not (tmp_path / "venv").exists()
 
 
 def test_a_folder_in_the_way_is_left_alone(tmp_path):

@@ -41,7 +41,7 @@ def quant_matmul(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply(x, weight, impl):
-    kernel = compat.missing("tpu") or tpu.unsupported(x, weight)
+    kernel = tpu.unsupported(x, weight) or compat.missing("tpu")
     bodies = {
         "reference": Body(reference.multiply),
         "xla": Body(xla.multiply),

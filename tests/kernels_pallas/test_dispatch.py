@@ -18,7 +18,8 @@ def on_platforms(monkeypatch):
 
 
 def test_a_process_with_a_cpu_alone_traces_the_xla_form_only():
-    assert dispatching.platforms() == ("cpu",)
+    if dispatching.platforms() != ("cpu",):
+        pytest.skip(f"this process has {', '.join(dispatching.platforms())}")
     assert "platform_index" not in str(jax.make_jaxpr(lambda x: dispatch("op", None, BODIES, x))(1.0))
     assert dispatch("op", None, BODIES, 1.0) == 2.0
 

@@ -233,6 +233,7 @@ def test_any_shape_agrees_with_float64(kind, rows, blocks, outer, seed):
         assert (np.abs(np.asarray(found) - expected) <= 1e-5 * size + 1e-5).all()
 
 
+@pytest.mark.pallas
 @settings(max_examples=3)
 @given(st.sampled_from(KINDS), st.integers(1, 32), st.integers(1, 5), st.integers(128, 300))
 def test_any_shape_agrees_on_the_tpu_body(kind, rows, sets, outer):
