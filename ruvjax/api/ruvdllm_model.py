@@ -21,10 +21,12 @@ from kernels_pallas.attention import Mask
 from ruvjax import errors
 from ruvjax.api.ruvdllm_errors import ConfigError, GenerationError, ModelError
 from ruvjax.api.ruvdllm_files import Read, read_files
+from ruvjax.core.held import Held
 from ruvjax.core.model import Output
 from ruvjax.core.rope import RopeScaling
 from ruvjax.data.tokenize import Tokenizer
-from ruvjax.diffusion.sampler import Forward
+from ruvjax.diffusion.cache import cached
+from ruvjax.diffusion.sampler import Forward, Sampler
 from ruvjax.diffusion.schedule import Kind, Schedule
 from ruvjax.io.huggingface import read_config
 from ruvjax.io.layout import read_transformer
@@ -263,6 +265,16 @@ def forward_of(network: Transformer, block_size: int, impl: str | None) -> Forwa
         return network.apply(params, tokens, mask=mask, time=time, impl=impl), carry
 
     return forward
+
+
+@cache
+def cached_forward_of(network: Transformer, sampler: Sampler, block_size: int, impl: str | None) -> Forward:
+    """The forward of a `sampler` with a cache; its carry is a `diffusion.cache.BlockCache`."""
+
+    def run(params: Any, tokens: jax.Array, time: jax.Array, segments: Any, held: Held) -> tuple[jax.Array, Held]:
+        return network.over(params, tokens, held, mask=Mask(segments=segments, block=block_size), time=time, impl=impl)
+
+    return cached(sampler, run, network.head, shift=network.shift)
 
 
 _run_forward = jax.jit(lambda forward, *inputs: forward(*inputs)[0], static_argnums=0)

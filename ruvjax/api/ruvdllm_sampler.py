@@ -11,9 +11,10 @@ from jaxtyping import Int
 
 from ruvjax import errors
 from ruvjax.api.ruvdllm_errors import ConfigError, GenerationError, ModelError
-from ruvjax.api.ruvdllm_model import DiffusionModel, forward_of
+from ruvjax.api.ruvdllm_model import DiffusionModel, cached_forward_of, forward_of
 from ruvjax.core.events import Event
 from ruvjax.data.tokenize import Tokenizer
+from ruvjax.diffusion.cache import empty_cache
 from ruvjax.diffusion.sampler import Sampler, SamplerState, final_prefix, sample, stream
 from ruvjax.errors import NotYetError
 
@@ -156,14 +157,22 @@ class _Row:
 
     @property
     def forward(self):
-        return forward_of(self.model.network, self.model.block_size, self.model.impl)
+        settings = (self.model.block_size, self.model.impl)
+        if self.sampler.cache == "none":
+            return forward_of(self.model.network, *settings)
+        return cached_forward_of(self.model.network, self.sampler, *settings)
 
     def inputs(self, seed: int) -> dict[str, Any]:
+        rows = 2 if self.sampler.guidance else 1
+        carry: Any = np.repeat(self.segments, rows, axis=0)
+        if self.sampler.cache != "none":
+            held = self.model.network.nothing_held(rows, self.tokens.shape[1])
+            carry = empty_cache(self.sampler, held, carry)
         return {
             "tokens": self.tokens,
             "key": jax.random.key(seed),
             "mask_id": self.mask_id,
-            "carry": self.segments,
+            "carry": carry,
         }
 
     def finish(self, state: SamplerState) -> Generated:
@@ -226,6 +235,8 @@ def _finish_sampler(model: DiffusionModel, config: SamplerConfig | Sampler, pad_
             sampler = dataclasses.replace(sampler, eos_handling="stop", **ends)
     if model.block_size:
         sampler = dataclasses.replace(sampler, block_size=model.block_size, block_origin="canvas")
+    if sampler.cache == "block" and (not model.block_size or model.network.time != "none"):
+        raise errors.ConfigError("sampler.cache=block is for models trained in blocks, without a time", "cache=dual")
     if model.tokenizer is not None and model.tokenizer.vocab_size < model.network.vocab_size:
         sampler = dataclasses.replace(sampler, vocabulary=model.tokenizer.vocab_size)
     return sampler

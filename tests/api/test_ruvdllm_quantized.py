@@ -99,6 +99,20 @@ def test_text_is_generated_from_quantized_weights(made):
     assert llm.stats().tokens <= 6 and llm.info().memory_bytes < 0.75 * llm.info().parameters
 
 
+def test_samplers_with_a_cache_generate_too(made):
+    root, _ = made
+    model = api.DiffusionModel.load_f16(root / "model")
+    plain = dataclasses.replace(GREEDY, block_size=4)
+    always = dataclasses.replace(plain, cache="dual", refresh_every=1)
+    texts = [api.MDLMSampler(sampler).generate(model, "ab", 8) for sampler in (plain, always)]
+    assert texts[0] == texts[1]
+    guided = dataclasses.replace(plain, cache="prefix", guidance=0.5)
+    assert isinstance(api.MDLMSampler(guided).generate(model, "ab", 8), str)
+    exact = dataclasses.replace(plain, cache="block", block_origin="canvas")
+    with pytest.raises(api.ConfigError, match="cache=block"):
+        api.MDLMSampler(exact).generate(model, "ab", 8)
+
+
 def test_what_cannot_be_quantized_or_read(made, tmp_path):
     odd = dataclasses.replace(NETWORK, width=40, mlp_width=64)
     save_model(tmp_path / "odd", odd, init(odd, jax.random.key(0)))
