@@ -95,7 +95,7 @@ _flash.defvjp(_flash_fwd, _flash_bwd)
 
 def _runs_native(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> bool:
     """Whether the native equal of the XLA body takes its place: on a CPU that has a compiler."""
-    if jax.default_backend() != "cpu" or switched_off():
+    if platforms() != ("cpu",) or switched_off():
         return False
     reason = cpu.unsupported(q, k, v, scale)
     if reason:

@@ -7,7 +7,7 @@ from ruvjax.core.norm import rms_norm
 
 
 def written_out(x, scale, eps):
-    return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale
+    return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 @pytest.mark.parametrize("shape", [(7, 16), (2, 3, 16), (16,), (0, 16)])
