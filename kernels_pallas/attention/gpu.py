@@ -61,6 +61,8 @@ def unsupported(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> str:
     """Why the kernels of this file cannot take these operands, "" where they can."""
     if not (q.dtype == k.dtype == v.dtype and q.dtype in (jnp.float16, jnp.bfloat16)):
         return f"{q.dtype}, {k.dtype} and {v.dtype} are not all float16 or all bfloat16"
+    if q.shape[1] != k.shape[1]:
+        return f"{q.shape[1]} queries and {k.shape[1]} keys are not of one length"
     if q.shape[-1] > MAX_DIM:
         return f"a head dimension of {q.shape[-1]} is above {MAX_DIM}"
     if mask.dense is not None:

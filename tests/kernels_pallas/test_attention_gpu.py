@@ -113,3 +113,8 @@ def test_what_the_kernels_cannot_take_is_refused_by_name():
     wide = jnp.zeros((1, 4, 1, 256), jnp.bfloat16)
     with pytest.raises(ValueError, match="256 is above 128"):
         attention(wide, wide, wide, impl="pallas_gpu")
+
+
+def test_fewer_queries_than_keys_are_refused():
+    q, k = jnp.zeros((1, 64, 2, 64), jnp.bfloat16), jnp.zeros((1, 256, 2, 64), jnp.bfloat16)
+    assert "64 queries and 256 keys" in gpu.unsupported(q, k, k, Mask())
