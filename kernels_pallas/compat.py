@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from kernels_pallas.dispatch import platforms
+
 JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 # The interpreter of Mosaic GPU kernels on a CPU.
 HAS_GPU_INTERPRETER = JAX_VERSION >= (0, 11)
@@ -23,6 +25,10 @@ def missing(platform: str) -> str:
         mosaic_gpu() if platform == "gpu" else mosaic_tpu()
     except ImportError as error:
         return f"Pallas cannot be imported ({error})"
+    if platform == "gpu" and "cuda" in platforms():
+        capability = jax.devices("cuda")[0].compute_capability
+        if float(capability) < 9.0:  # every GPU kernel here copies by TMA under a barrier
+            return f"the copies are those of Hopper, compute capability 9.0, and later; this device has {capability}"
     return ""
 
 

@@ -1,10 +1,12 @@
 import logging
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from kernels_pallas import compat
 from kernels_pallas import dispatch as dispatching
 from kernels_pallas.dispatch import Body, ImplError, dispatch
 
@@ -61,3 +63,13 @@ def test_operands_may_be_trees_and_absent(on_platforms):
     assert dispatch("op", None, bodies, 1.0, None) == 1.0
     assert dispatch("op", None, bodies, jnp.float32(1.0), {"a": jnp.float32(2.0)}) == 3.0
     assert jax.grad(lambda x: lax.mul(x, dispatch("op", None, bodies, x, None)))(3.0) == 6.0
+
+
+@pytest.mark.parametrize(("capability", "refused"), [("8.0", True), ("9.0", False), ("10.0", False)])
+def test_gpu_kernels_are_refused_on_devices_before_hopper(monkeypatch, capability, refused):
+    if compat.missing("gpu"):
+        pytest.skip(compat.missing("gpu"))
+    monkeypatch.setattr(compat, "platforms", lambda: ("cuda", "cpu"))
+    monkeypatch.setattr(jax, "devices", lambda _: [SimpleNamespace(compute_capability=capability)])
+    reason = compat.missing.__wrapped__("gpu")
+    assert (f"this device has {capability}" in reason) == refused and bool(reason) == refused
