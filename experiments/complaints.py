@@ -1,7 +1,6 @@
 """One clear line for each way a run can end: Hydra's own errors and the system's, in the style of ruvjax.errors."""
 
 import difflib
-import errno
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,10 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.build import nearest
+from ruvjax.core.files import FULL_DISK
 from ruvjax.errors import ConfigError, InputError, RunError, RuvjaxError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:

@@ -26,11 +26,12 @@ from experiments.terminal import note
 from experiments.wiring import Loaded
 from ruvjax.core import allocator
 from ruvjax.core.events import Event, replay
+from ruvjax.core.files import full_disk_fails
 from ruvjax.decoding.autoregressive import Decoding
 from ruvjax.errors import InputError
 from ruvjax.training import report
 from ruvjax.training.provenance import collect_provenance
-from ruvjax.training.runfolder import RunFolder, full_disk_fails
+from ruvjax.training.runfolder import RunFolder
 
 FORMAT = 1
 CONTINUATION = 96  # tokens after the prompt, where sample.length does not say

@@ -20,7 +20,6 @@ from kernels_pallas import native
 from kernels_pallas.attention import xla
 from kernels_pallas.attention.fold import fold
 from kernels_pallas.attention.rotation import rotate
-from kernels_pallas.dispatch import platforms
 
 MAX_DIM = 256
 SOURCE = "attention/csrc/attention.cc"
@@ -28,9 +27,8 @@ TARGETS = ("ruvjax_attention_forward", "ruvjax_attention_backward")
 
 
 def unsupported(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> str:
-    """Why the XLA form has to run, "" where the native kernel takes these operands. Compiles it at its first use."""
-    if platforms() != ("cpu",):
-        return "this process has more than a CPU"
+    """Why the XLA form has to run, "" where the native kernel takes these operands, in a process that has a CPU alone.
+    Compiles it at its first use."""
     if not (q.dtype == k.dtype == v.dtype and q.dtype in (jnp.float32, jnp.bfloat16)):
         return f"{q.dtype}, {k.dtype} and {v.dtype} are not all float32 or all bfloat16"
     if q.shape[-1] % 8 or not 0 < q.shape[-1] <= MAX_DIM:

@@ -1,6 +1,6 @@
-"""The documented names of RuvLLM that are there: its attention kernels and the paged cache that they read.
+"""The documented names of RuvLLM that are there: its attention kernels, the paged cache they read, the two-tier cache.
 
-Model loading, MicroLoRA, SONA and the two-tier cache of the documents are not there yet.
+Model loading, MicroLoRA and SONA of the documents are not there yet.
 """
 
 from ruvjax.api.ruvllm_attention import (
@@ -16,11 +16,16 @@ from ruvjax.api.ruvllm_attention import (
 )
 from ruvjax.api.ruvllm_cache import PagedKvCache
 from ruvjax.api.ruvllm_errors import RuvLLMError
+from ruvjax.api.ruvllm_kv import CacheQuantization, KvCacheConfig, KvCacheStats, TwoTierKvCache
 
 __all__ = [
     "AttentionConfig",
+    "CacheQuantization",
+    "KvCacheConfig",
+    "KvCacheStats",
     "PagedKvCache",
     "RuvLLMError",
+    "TwoTierKvCache",
     "flash_attention",
     "flash_attention_neon",
     "grouped_query_attention",

@@ -129,17 +129,10 @@ def cached_attention(
 
 def _allowed(start: jax.Array, chunk: Chunk, length: int, capacity: int) -> jax.Array:
     """bool [batch, length, capacity]."""
-    mask = chunk.mask
-    query = start[:, None, None] + jnp.arange(length, dtype=jnp.int32)[None, :, None]
-    key = jnp.arange(capacity, dtype=jnp.int32)[None, None, :]
-    allowed = key < (start + chunk.added)[:, None, None]
-    if mask.causal:
-        allowed = allowed & (key <= query)
-    if mask.block:
-        allowed = allowed & (key // mask.block <= query // mask.block)
-    if mask.window:
-        allowed = allowed & (jnp.abs(query - key) < mask.window)
-    return jnp.broadcast_to(allowed, (start.shape[0], length, capacity))
+    places = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+    held = jnp.arange(capacity)[None, None, :] < (start + chunk.added)[:, None, None]
+    seen = dataclasses.replace(chunk.mask, segments=None).rows(places, capacity).dense
+    return jnp.broadcast_to(held if seen is None else held & seen, (start.shape[0], length, capacity))
 
 
 def advanced(cache: KVCache, keys: list[jax.Array], values: list[jax.Array], chunk: Chunk) -> KVCache:

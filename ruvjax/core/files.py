@@ -1,12 +1,18 @@
 """Files that are whole or absent: written beside their final place, flushed to disk, then renamed over it."""
 
+import contextlib
+import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from ruvjax.errors import RunError
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> Path:
@@ -111,3 +117,16 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def full_disk_fails(path: str | os.PathLike[str]) -> Generator[None, None, None]:
+    """Turn the system's "no space left" into a RunError that names `path`; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise RunError(
+            f"the disk is full: could not write {path}", "free some space, then continue with trainer.resume=auto"
+        ) from error

@@ -192,40 +192,11 @@ def stream(
     return answers
 
 
-def decode(
-    settings: Decoding,
-    forward: Forward,
-    params: Any,
-    requests: Sequence[Request],
-    key: Key[Array, ""],
-    *,
-    empty: Callable[[int], Any],
-    vocabulary: int,
-    slots: int = 4,
-    chunk: int = 64,
-    burst: int = 8,
-    capacity: int = 0,
-    suppressed: tuple[int, ...] = (),
-    on_token: OnToken | None = None,
-) -> list[Completion]:
-    """`stream` to its end. `on_token` is called for every token; where it returns True its request ends there.
+def decode(told: Generator[Token, bool | None, list[Completion]], on_token: OnToken | None = None) -> list[Completion]:
+    """A `stream` to its end. `on_token` is called for every token; where it returns True its request ends there.
 
     Raises RunError where `on_token` raises, and what `stream` does.
     """
-    told = stream(
-        settings,
-        forward,
-        params,
-        requests,
-        key,
-        empty=empty,
-        vocabulary=vocabulary,
-        slots=slots,
-        chunk=chunk,
-        burst=burst,
-        capacity=capacity,
-        suppressed=suppressed,
-    )
     stop: bool | None = None
     try:
         while True:

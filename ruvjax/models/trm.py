@@ -8,7 +8,7 @@ embedded question. Steps follow each other through the detached `Latent`; `trm_l
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from ruvjax.core.linear import embed, linear, readout
 from ruvjax.core.mixing import mix
 from ruvjax.core.model import DTYPES, Output, compute_dtype
 from ruvjax.core.norm import rms
-from ruvjax.core.params import declare
+from ruvjax.core.params import declare, unstack
 from ruvjax.core.rope import RopeScaling, rotations
 from ruvjax.errors import ConfigError
 
@@ -242,11 +242,10 @@ class TinyRecursive:
         question = self._question(params, inputs, puzzle)
         answer, scratch = (self._inward(x) for x in (latent.answer, latent.scratch))
         network = functools.partial(self._network, mixing=self._mixing(self._segments(inputs, mask), impl))
+        layers = unstack(params, self.layers).layers
         if self.cycles > 1:
-            frozen, still = lax.stop_gradient((params.layers, question))
+            fixed, still = lax.stop_gradient((layers, question))
             start = lax.stop_gradient((answer, scratch))
-
-            fixed = unstack(frozen, self.layers)
 
             def cycle(_: Any, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                 answer, scratch = state
@@ -255,7 +254,7 @@ class TinyRecursive:
                 return network(answer + scratch, fixed), scratch
 
             answer, scratch = lax.fori_loop(0, self.cycles - 1, cycle, start)
-        answer, scratch = self._last_cycle(answer, scratch, question, network, unstack(params.layers, self.layers))
+        answer, scratch = self._last_cycle(answer, scratch, question, network, layers)
         answer, scratch = self._outward(answer), self._outward(scratch)
         hidden = answer[:, self.prefix :]
         first = answer[:, 0].astype(jnp.float32)
@@ -318,7 +317,7 @@ class TinyRecursive:
 
     _outward = _inward
 
-    def _network(self, x: jax.Array, layers: list[Layer], mixing: Any) -> jax.Array:
+    def _network(self, x: jax.Array, layers: tuple[Layer, ...], mixing: Any) -> jax.Array:
         for w in layers:
             x = mixing(x, w)
             x = rms(x + self._mlp(x, w), -1, self.norm_eps)
@@ -382,10 +381,3 @@ class TinyRecursive:
         q, k, v = (part.reshape(batch, length, self.heads, d // self.heads) for part in parts)
         out = attention(q, k, v, mask, rotation=turn, impl=impl).reshape(batch, length, d)
         return rms(x + linear(out, o), -1, self.norm_eps)
-
-
-def unstack(layers: Layer, count: int) -> list[Layer]:
-    """One `Layer` per layer. `lax.split` transposes to one concatenation; indexing would transpose to a sum of pads."""
-    leaves, treedef = jax.tree.flatten(layers)
-    parts = [lax.split(w, (1,) * count) for w in leaves]
-    return [cast(Layer, treedef.unflatten([part[i][0] for part in parts])) for i in range(count)]

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from ruvjax.core.files import write_atomic, write_json
+from ruvjax.core.files import full_disk_fails, write_atomic, write_json
 from ruvjax.errors import ConfigError, InputError, RunError
 
 try:
@@ -32,7 +32,6 @@ except ImportError:  # Windows: two processes that claim one folder in the same 
 
 FORMAT = 1
 STATUSES = ("done", "failed", "interrupted")
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 OWN_FILES = ("run.json", "config.yaml", "overrides.txt", "provenance.json", "metrics.jsonl", "summary.json")
 
 
@@ -185,19 +184,6 @@ def append_line(path: Path, line: str) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         finally:
             os.close(descriptor)
-
-
-@contextlib.contextmanager
-def full_disk_fails(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn the system's "no space left" into a RunError that names `path`; other errors pass."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        raise RunError(
-            f"the disk is full: could not write {path}", "free some space, then continue with trainer.resume=auto"
-        ) from error
 
 
 def _claim_named(

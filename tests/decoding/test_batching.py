@@ -10,7 +10,7 @@ import pytest
 from kernels_pallas.attention import Mask
 from ruvjax.core.params import init, unstack
 from ruvjax.decoding.autoregressive import PADDING, Decoding, generate
-from ruvjax.decoding.batching import Request, decode
+from ruvjax.decoding.batching import Request, decode, stream
 from ruvjax.errors import ConfigError, InputError, RunError
 from ruvjax.models.mamba import Mamba
 from ruvjax.models.transformer import Transformer
@@ -53,9 +53,9 @@ def requests():
     return [Request(rng.integers(6, VOCAB, size), new, index) for index, (size, new) in enumerate(sizes)]
 
 
-def run(name, settings, asked, **options):
+def run(name, settings, asked, on_token=None, **options):
     options = {"slots": 3, "chunk": 4, "burst": 3} | options
-    return decode(
+    told = stream(
         settings,
         forward_of(name),
         drawn(name),
@@ -66,6 +66,7 @@ def run(name, settings, asked, **options):
         capacity=CAPACITY,
         **options,
     )
+    return decode(told, on_token)
 
 
 START, LENGTH = 12, 26  # one compiled shape for every request
@@ -175,8 +176,7 @@ def test_errors():
     bad = drawn("transformer")
     bad = bad.replace(final_norm=bad.final_norm.at[0].set(jnp.nan))
     with pytest.raises(RunError, match="logits are not finite after 5 tokens"):
-        decode(
-            GREEDY, forward, bad, requests(), jax.random.key(0), empty=empty("transformer"), vocabulary=VOCAB, chunk=4
-        )
+        sizes = {"empty": empty("transformer"), "vocabulary": VOCAB, "chunk": 4}
+        decode(stream(GREEDY, forward, bad, requests(), jax.random.key(0), **sizes))
     with pytest.raises(ConfigError, match="end_ids"):
         Decoding(end_ids=(-2,))
