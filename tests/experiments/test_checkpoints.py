@@ -18,7 +18,7 @@ from experiments.wiring import forward_left_of
 from ruvjax.core.params import init, unstack
 from ruvjax.data.tokenize import load_tokenizer
 from ruvjax.decoding.autoregressive import Decoding
-from ruvjax.decoding.batching import Request, decode
+from ruvjax.decoding.batching import Request, decode, stream
 from ruvjax.io.gguf_export import save_gguf
 from ruvjax.io.huggingface import load_model, save_pretrained
 from ruvjax.models.mamba import Mamba
@@ -45,7 +45,7 @@ def test_greedy_continuations_are_those_of_transformers(name, tmp_path):
     model, params, _ = load_model(tmp_path)
     rows, recorded = golden.rows(), np.load(golden.GOLDEN)[f"{name}.greedy"]
     asked = [Request(rows[1], 20, 0), Request(rows[0], len(recorded), 1)]
-    answers = decode(
+    told = stream(
         Decoding(temperature=0.0),
         forward_left_of(model),
         unstack(params, model.layers),
@@ -57,6 +57,7 @@ def test_greedy_continuations_are_those_of_transformers(name, tmp_path):
         chunk=5,
         burst=16,
     )
+    answers = decode(told)
     np.testing.assert_array_equal(answers[1].tokens, recorded)
 
 
