@@ -71,6 +71,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """A compiled program holds a dozen memory maps as long as jax remembers it, and Linux allows a process 65,530: a
+    worker that kept those of half the suite would crash."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_model():
     """A transformer of 2 layers x 32 that any test can run in milliseconds: vocabulary 32, length up to 32."""
