@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.settings import Evaluation
-from experiments.wiring import LanguageModel, Loaded, encode_left_of, encode_of, forward_of, project_of
+from experiments.wiring import Loaded, encode_left_of, encode_of, forward_of, project_of
 from ruvjax.data.baselines import Baselines
 from ruvjax.data.pack import Packed
 from ruvjax.data.pipeline import Batch, evaluation_batches

@@ -35,14 +35,11 @@ from ruvjax.io.gguf_tokenizer import extract_tokenizer
 from ruvjax.io.hub import model_path
 from ruvjax.io.huggingface import load_model, save_model
 from ruvjax.io.layout import ModelFiles
-from ruvjax.models.mamba import Mamba
-from ruvjax.models.mamba2 import Mamba2
+from ruvjax.models.causal import LanguageModel, forward_left_of
 from ruvjax.models.transformer import Begun, Transformer
 from ruvjax.training.optimizer import build_optimizer, learning_rate
 from ruvjax.training.state import TrainState, init_state
 from ruvjax.training.step import Step, make_step
-
-LanguageModel = Transformer | Mamba | Mamba2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,30 +136,6 @@ def forward_of(model: LanguageModel, attention: str | None = None, block_size: i
             return model.apply(params, tokens, segments=carry), carry
         mask = AttentionMask(segments=carry, block=block_size)
         return model.apply(params, tokens, mask=mask, time=time, impl=attention), carry
-
-    return forward
-
-
-@functools.cache
-def forward_left_of(model: LanguageModel, attention: str | None = None) -> Forward:
-    """`(params, tokens, time, carry) -> (Output, carry)` from left to right; a negative token is padding.
-
-    `carry` is the model's state, or None to start from nothing. With one, the logits are those of the last position:
-    a prompt has no use for the others, and they are large.
-    """
-
-    def forward(params: Any, tokens: jax.Array, time: Any, carry: Any) -> tuple[Output, Any]:
-        segments, tokens = (tokens >= 0).astype("int32"), tokens.clip(0)
-        settings: dict[str, Any] = {"cache": carry, "logits": carry is None}
-        if isinstance(model, Transformer):
-            mask = AttentionMask(segments=segments, causal=True)
-            output = model.apply(params, tokens, mask=mask, impl=attention, **settings)
-        else:
-            output = model.apply(params, tokens, segments=segments, **settings)
-        if carry is None:
-            return output, None
-        last = output.hidden[:, -1:]
-        return Output(model.head(params, last), last), output.aux["cache"]
 
     return forward
 
@@ -353,7 +326,7 @@ def model_folder(path: ModelPath) -> Path:
 
 def _read_tokenizer(folder: Path, files: ModelFiles) -> Tokenizer:
     ids: dict[str, Any] = {"mask_id": files.mask_token_id, "eos_id": files.eos_token_id, "pad_id": files.pad_token_id}
-    if folder.suffix == ".gguf":
+    if folder.suffix == ".gguf" and folder.is_file():
         with tempfile.TemporaryDirectory() as extracted:
             return load_tokenizer(extract_tokenizer(open_gguf(folder), extracted), **ids, masked=not files.causal)
     if files.tokenizer is None:

@@ -5,10 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-from kernels_pallas.quant_matmul import QuantizedWeight, quantize
 from ruvjax import errors
 from ruvjax.api.ruvdllm_errors import ModelError
 from ruvjax.data.tokenize import Tokenizer, load_tokenizer
@@ -16,11 +12,8 @@ from ruvjax.io.gguf import GgufFile, open_gguf
 from ruvjax.io.gguf_model import load_gguf
 from ruvjax.io.gguf_tokenizer import extract_tokenizer
 from ruvjax.io.huggingface import ModelFiles, load_model
-from ruvjax.io.weights import is_spec
+from ruvjax.io.quantize import quantize_params
 from ruvjax.models.transformer import Transformer
-
-TABLES = (".embedding", ".head")
-MATRICES = tuple(f".layers.{name}" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +30,7 @@ class Read:
 def read_files(path: Path, four_bits: bool) -> Read:
     """Raises ModelError.LoadError for files that are missing, damaged or no transformer, QuantizationError for matrices
     that cannot be quantized."""
-    is_file = path.suffix == ".gguf"
+    is_file = path.suffix == ".gguf" and path.is_file()
     try:
         read = _read_gguf(path, four_bits) if is_file else _read_folder(path)
     except errors.InputError as error:
@@ -80,26 +73,8 @@ def _tokenizer(path: str | Path, files: ModelFiles) -> Tokenizer:
 
 def _quantized(read: Read) -> Read:
     """Matrices that are arrays become Q4_K, or Q4_0 where their rows are no multiple of 256; tables Q8_0."""
-    treedef = jax.tree.structure(read.network.spec(), is_leaf=is_spec)
-    paths = [jax.tree_util.keystr(path) for path, _ in _specs(read.network)]
-    values = treedef.flatten_up_to(read.params)
-    kept: list[Any] = []
-    for path, value in zip(paths, values, strict=True):
-        if isinstance(value, QuantizedWeight) or path not in (*TABLES, *MATRICES):
-            kept.append(value)
-            continue
-        matrix = np.asarray(value, np.float32)
-        matrix = matrix.T if path in TABLES else matrix
-        inner = matrix.shape[-2]
-        kind = "Q8_0" if path in TABLES else "Q4_K" if inner % 256 == 0 else "Q4_0"
-        try:
-            kept.append(quantize(matrix, kind))
-        except ValueError as error:
-            hint = "load_f16 reads it unquantized"
-            raise ModelError.QuantizationError(f"{read.source}: {path[1:]} of {inner} rows: {error}", hint) from error
-    kinds = sorted({value.kind for value in kept if isinstance(value, QuantizedWeight)})
-    return replace(read, params=treedef.unflatten(kept), files=replace(read.files, weights="/".join(kinds)))
-
-
-def _specs(network: Transformer):
-    return jax.tree_util.tree_flatten_with_path(network.spec(), is_leaf=is_spec)[0]
+    try:
+        params, kinds = quantize_params(read.network, read.params, "Q4_K", read.source)
+    except errors.InputError as error:
+        raise ModelError.QuantizationError(str(error), "load_f16 reads it unquantized") from error
+    return replace(read, params=params, files=replace(read.files, weights=kinds))

@@ -33,9 +33,11 @@ from kernels_pallas.kv_attention import (
     usage,
 )
 from kernels_pallas.kv_attention.tiers import fetch, to_bits
+from ruvjax.api.ruvllm_precision import Precision
 from ruvjax.errors import ConfigError, InputError
 
 TAIL_PRECISIONS = ("float32", "bfloat16", "float16")
+_STORES = {Precision.Q8: "INT8", Precision.Q4: "INT4", Precision.Q4K: "INT4"}
 
 
 class CacheQuantization(Enum):
@@ -55,19 +57,25 @@ class CacheQuantization(Enum):
 class KvCacheConfig:
     """Sizes in tokens. Raises ConfigError.
 
-    tail_length: how many of the newest tokens always stay as they came. migration_batch: tokens that move to the store
-    together, an even number that shares its scales. max_tokens: kept in both tiers; older ones are dropped in batches.
+    tail_length: how many of the newest tokens always stay as they came. tail_precision: or its name, "bfloat16".
+    store_precision: a Precision of 8 or 4 bits means that CacheQuantization, unrotated. migration_batch: tokens that
+    move to the store together, an even number that shares its scales. max_tokens: kept in both tiers; older ones are
+    dropped in batches.
     """
 
     tail_length: int = 256
-    tail_precision: str = "bfloat16"
-    store_precision: CacheQuantization = CacheQuantization.INT8
+    tail_precision: str | Precision = "bfloat16"
+    store_precision: CacheQuantization | Precision = CacheQuantization.INT8
     max_tokens: int = 4096
     num_kv_heads: int = 8
     head_dim: int = 128
     migration_batch: int = 64
 
     def __post_init__(self):
+        if isinstance(self.tail_precision, Precision):
+            object.__setattr__(self, "tail_precision", self.tail_precision.value)
+        if isinstance(self.store_precision, Precision) and self.store_precision in _STORES:
+            object.__setattr__(self, "store_precision", CacheQuantization[_STORES[self.store_precision]])
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(field.default, int) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

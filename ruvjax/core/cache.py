@@ -6,7 +6,7 @@ array a layer, so that a compiled loop writes every token in place.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,23 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys[0].shape[2]
 
+    def begin(self, chunk: "Chunk", places: Int[Array, "batch length"]) -> "Chunk":
+        """What `attend` and `end` need to know of a chunk whose positions stand at `places`."""
+        del places  # of a row they count on from `length`
+        return chunk
+
+    def attend(
+        self, layer: int, chunk: "Chunk", q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[Float[Array, "batch length heads dim"], tuple[jax.Array, jax.Array]]:
+        """Attention of a chunk over all that `layer` holds with the chunk's own keys and values, and both after it."""
+        keys, values = append(self.keys[layer], k, self.length), append(self.values[layer], v, self.length)
+        return cached_attention(q, keys, values, self.length, chunk), (keys, values)
+
+    def end(self, chunk: "Chunk", layers: list[tuple[jax.Array, jax.Array]]) -> "KVCache":
+        """The cache after a chunk, given what `attend` returned for every layer."""
+        keys, values = zip(*layers)
+        return dataclasses.replace(self, keys=keys, values=values, length=self.length + chunk.added)
+
 
 def empty_kv_cache(layers: int, batch: int, kv_heads: int, capacity: int, dim: int, dtype: jnp.dtype) -> KVCache:
     """A cache of `batch` rows before their first token."""
@@ -59,8 +76,9 @@ class Chunk(NamedTuple):
     place: Int[Array, "batch length"] | None = None
 
 
-def arrange(cache: KVCache, mask: Mask, batch: int, length: int) -> Chunk:
-    """How a chunk of `length` positions joins `cache`: segment 0 of `mask` is padding and may stand anywhere.
+def arrange(cache: Any, mask: Mask, batch: int, length: int) -> Chunk:
+    """How a chunk of `length` positions joins `cache`, of either kind: segment 0 of `mask` is padding and may stand
+    anywhere.
 
     Raises ConfigError where the chunk exceeds the capacity, or where the mask holds what a cache cannot express.
     """
@@ -133,8 +151,3 @@ def _allowed(start: jax.Array, chunk: Chunk, length: int, capacity: int) -> jax.
     held = jnp.arange(capacity)[None, None, :] < (start + chunk.added)[:, None, None]
     seen = dataclasses.replace(chunk.mask, segments=None).rows(places, capacity).dense
     return jnp.broadcast_to(held if seen is None else held & seen, (start.shape[0], length, capacity))
-
-
-def advanced(cache: KVCache, keys: list[jax.Array], values: list[jax.Array], chunk: Chunk) -> KVCache:
-    """The cache after a chunk, given what every layer holds now."""
-    return dataclasses.replace(cache, keys=tuple(keys), values=tuple(values), length=cache.length + chunk.added)

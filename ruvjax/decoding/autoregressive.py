@@ -131,6 +131,7 @@ def generate(
         if settings.repetition_penalty != 1.0:
             counted = (jnp.arange(length)[None, :] < i) & (tokens >= 0)
             seen = shape.seen_tokens(tokens, counted, logits.shape[-1])
+            seen = seen.at[:, start_id].set(True) if lead else seen
         drawn, p = pick(keys, jnp.broadcast_to(i - start, (rows,)), logits, seen)
         wanted, here = free[:, i], tokens[:, i]
         value = jnp.where(wanted, jnp.where(done, settings.pad_id, drawn), here)

@@ -14,13 +14,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.attention import Mask, attention, rotate
-from ruvjax.core.cache import KVCache, advanced, append, arrange, cached_attention, empty_kv_cache, moved
+from ruvjax.core.cache import KVCache, arrange, empty_kv_cache, moved
 from ruvjax.core.held import Held
 from ruvjax.core.linear import embed, linear, readout
 from ruvjax.core.model import DTYPES, Output, compute_dtype
 from ruvjax.core.norm import layer_norm, rms_norm
 from ruvjax.core.params import declare, unstack
 from ruvjax.core.rope import RopeScaling, default_positions, rotations
+from ruvjax.core.tiered import TieredCache, Tiers, empty_tiered_cache
 from ruvjax.errors import ConfigError
 
 TIME_FEATURES = 256  # width of the sinusoidal time embedding
@@ -209,7 +210,7 @@ class Transformer:
         *,
         mask: Mask | None = None,
         positions: Int[Array, "_ length"] | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | TieredCache | None = None,
         time: Float[Array, "batch"] | None = None,
         logits: bool = True,
         impl: str | None = None,
@@ -333,6 +334,11 @@ class Transformer:
         shape = (self.layers, batch, self.key_heads, capacity or self.max_length, self.dim_per_head)
         return empty_kv_cache(*shape, compute_dtype(self.dtype))
 
+    def empty_tiered_cache(self, settings: Tiers, batch: int, capacity: int = 0, *, chunk: int = 128) -> TieredCache:
+        """`empty_cache` with older tokens quantized: for causal models, read in chunks of at most `chunk` tokens."""
+        shape = (self.layers, batch, self.key_heads, capacity or self.max_length, self.dim_per_head)
+        return empty_tiered_cache(settings, *shape, compute_dtype(self.dtype), chunk)
+
     def _seen(self, mask: Mask | None) -> Mask:
         """`mask` within the model's own window."""
         given = Mask() if mask is None else mask
@@ -361,7 +367,7 @@ class Transformer:
         shift, scale = jnp.split(change[:, None, :].astype(x.dtype), 2, axis=-1)
         return hidden * (1 + scale) + shift
 
-    def _next(self, params: TransformerParams, tokens, cache: KVCache, seen: Mask, positions, time):
+    def _next(self, params: TransformerParams, tokens, cache: KVCache | TieredCache, seen: Mask, positions, time):
         """The layers one by one over a cache: the hidden states of a chunk, and the cache after it."""
         if self.shift:
             raise ConfigError("a model with shifted logits has no cache: its head reads the token before the chunk")
@@ -370,17 +376,16 @@ class Transformer:
         places = cache.length[:, None] + default_positions(tokens)
         positions = places if positions is None else moved(positions, chunk.order)
         x, rotation, condition = self._enter(params, tokens, positions, time)
-        keys, values = list(cache.keys), list(cache.values)
+        room, renewed = cache.begin(chunk, places), []
         for i, weights in enumerate(unstack(params, self.layers).layers):
 
             def attend(q, k, v, i=i):
-                keys[i] = append(keys[i], rotate(k, rotation), cache.length)
-                values[i] = append(values[i], v, cache.length)
-                return cached_attention(rotate(q, rotation), keys[i], values[i], cache.length, chunk)
+                out, layer = cache.attend(i, room, rotate(q, rotation), rotate(k, rotation), v)
+                renewed.append(layer)
+                return out
 
             x = self._block(x, weights, attend, condition)
-        hidden = moved(self._leave(params, x, condition), chunk.place)
-        return hidden, advanced(cache, keys, values, chunk)
+        return moved(self._leave(params, x, condition), chunk.place), cache.end(room, renewed)
 
     def head(self, params: TransformerParams, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """Logits in float32."""

@@ -14,13 +14,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from experiments import evaluate, sample
 from experiments.runner import main
-from experiments.wiring import forward_left_of
 from ruvjax.core.params import init, unstack
 from ruvjax.data.tokenize import load_tokenizer
 from ruvjax.decoding.autoregressive import Decoding
 from ruvjax.decoding.batching import Request, decode, stream
 from ruvjax.io.gguf_export import save_gguf
 from ruvjax.io.huggingface import load_model, save_pretrained
+from ruvjax.models.causal import forward_left_of
 from ruvjax.models.mamba import Mamba
 from ruvjax.models.transformer import Transformer
 
