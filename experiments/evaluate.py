@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments import choices, puzzles, repair, scoring, wiring
+from experiments import choices, puzzles, quality, repair, scoring, wiring
 from experiments.puzzle_settings import PuzzleEvaluate
 from experiments.repair_settings import RepairEvaluate
 from experiments.runner import main
@@ -42,6 +42,8 @@ def evaluate_text(job: Evaluate, launch: Launch) -> Path:
     wiring.start_backend(job.backend)
     only_certify = job.certify and not job.model.path
     loaded = None if only_certify else wiring.load(job.model, job.kernels.attention_impl)
+    if loaded is not None and job.quality:
+        quality.check(loaded)
     questions = None if loaded is None or not job.choices else choices.read(job.choices, loaded)
     texts = None if loaded is None or questions is not None else read_texts(job, loaded)
     with launch.folder(job.run) as folder:
@@ -49,7 +51,10 @@ def evaluate_text(job: Evaluate, launch: Launch) -> Path:
         folder.write_provenance(provenance)
         metrics: dict[str, Any] = {}
         comparison: tuple[report.Compared, ...] = ()
-        if loaded is not None and texts is not None:
+        sections: tuple[report.Section, ...] = ()
+        if loaded is not None and texts is not None and job.quality:
+            metrics, sections = measure_quality(job, loaded, texts[1])
+        elif loaded is not None and texts is not None:
             metrics, comparison = score_model(job, loaded, *texts)
         if loaded is not None and questions is not None:
             metrics = choices.score(loaded, questions, job.evaluation.batch)
@@ -57,7 +62,7 @@ def evaluate_text(job: Evaluate, launch: Launch) -> Path:
         certificates = certify() if job.certify else []
         for certificate in certificates:
             note(verdict(certificate))
-        write(folder, job, comparison, certificates, provenance)
+        write(folder, job, comparison, certificates, provenance, sections)
         failed = [c for c in certificates if not (c.passed and c.control_failed)]
         if failed:
             raise RunError(f"{len(failed)} of {len(certificates)} certificates fail, {failed[0].name!r} first")
@@ -104,18 +109,33 @@ def score_model(
     return found.metrics() | scoring.baseline_metrics(simple, ours.high), scoring.compared(found, simple)
 
 
+def measure_quality(
+    job: Evaluate, loaded: wiring.Loaded, packed: Packed
+) -> tuple[dict[str, Any], tuple[report.Section, ...]]:
+    """What quantized weights and caches cost the model, as metrics and as a section of the report."""
+    costs = []
+    for cost in quality.table(loaded, packed, job.evaluation.batch):
+        costs.append(cost)
+        note(quality.line(cost))
+    ratios = quality.compression()
+    section = report.Section("Quantized", quality.html(costs, ratios), "against the model as it is, on the same rows")
+    return {"quality": [cost._asdict() for cost in costs], "cache_compression": ratios}, (section,)
+
+
 def write(
     folder: RunFolder,
     job: Evaluate,
     comparison: tuple[report.Compared, ...],
     certificates: list[Certificate],
     provenance: dict[str, Any],
+    sections: tuple[report.Section, ...] = (),
 ) -> None:
     data = report.ReportData(
         title=f"{folder.name}: {folder.path.name}",
         subtitle=f"{job.model.path or 'certificates'}, {job.split} split",
         notes=tuple(verdict(certificate) for certificate in certificates),
         comparison=comparison,
+        sections=sections,
         provenance=provenance,
         config=(folder.path / "config.yaml").read_text(),
     )

@@ -172,6 +172,7 @@ class Evaluate:
 
     choices: a file of questions, one JSON object {"prompt", "choices", "answer"} a line, which an autoregressive model
     answers by likelihood, instead of being scored on `data`.
+    quality: instead, what quantized weights and caches cost an autoregressive transformer on `data`.
     """
 
     run: Run
@@ -184,6 +185,7 @@ class Evaluate:
     kernels: Kernels
     backend: str = "auto"
     certify: bool = False
+    quality: bool = False
     choices: str = ""
     seed: int = 0
     debug: bool = False

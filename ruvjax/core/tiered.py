@@ -35,16 +35,20 @@ class Tiers:
 
     store: "int8", "int4" or "int4_rotated" (keys in a Hadamard basis); keys share a scale by channel of a page, values
     by token (Liu et al. 2024). tail: tokens that stay as they are, at least. page: tokens that move to the store
-    together, an even number.
+    together, an even number. key_scales: "token" shares the scales of keys by token as well, which outlier channels
+    spoil: to compare with.
     """
 
     store: str = "int8"
     tail: int = 128
     page: int = 32
+    key_scales: str = "channel"
 
     def __post_init__(self):
         if self.store not in KINDS:
             raise ConfigError(f"store={self.store!r} is not known", f"one of {', '.join(KINDS)}")
+        if self.key_scales not in ("channel", "token"):
+            raise ConfigError(f"key_scales={self.key_scales!r} is not known", "channel or token")
         for name in ("tail", "page"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -114,7 +118,16 @@ def empty_tiered_cache(
     pages = empty_pages(1, page=page, tail_slots=tail, store_slots=-(-capacity // page) + 1)
     bits = 8 if settings.store == "int8" else 4
     rotated = settings.store == "int4_rotated"
-    one = empty_tiers(pages, kv_heads, dim, dtype=dtype, key_bits=bits, value_bits=bits, rotated=rotated)
+    one = empty_tiers(
+        pages,
+        kv_heads,
+        dim,
+        dtype=dtype,
+        key_bits=bits,
+        value_bits=bits,
+        key_scales=settings.key_scales,
+        rotated=rotated,
+    )
 
     def rows(tree: Any) -> Any:
         return jax.tree.map(lambda x: jnp.zeros((batch, *x.shape), x.dtype), tree)

@@ -1,0 +1,189 @@
+"""What quantization costs a trained model: weights of fewer bits, and caches in two tiers, against the model as it is.
+
+Every figure is over the same held-out rows: the Kullback-Leibler divergence of the next token from the unquantized
+model's, in nats a token, the change of perplexity, and how often both hold the same token for the likeliest.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from html import escape
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.wiring import Loaded
+from kernels_pallas.attention import Mask
+from kernels_pallas.quant_matmul import QuantizedWeight
+from ruvjax.api.ruvllm_kv import CacheQuantization, KvCacheConfig, TwoTierKvCache
+from ruvjax.core.tiered import Tiers
+from ruvjax.data.pack import Packed
+from ruvjax.errors import ConfigError, InputError
+from ruvjax.io.quantize import quantize_params
+from ruvjax.models.transformer import Transformer, TransformerParams
+
+CHUNK = 32  # tokens that a cache reads in one pass: what is quantized was so before them
+TAILS = (64, 128, 256)
+STORES = ("int8", "int4", "int4_rotated")
+LENGTHS = (1024, 4096, 16384)
+OUTLIER = 64.0  # the planted channels of the keys are so many times as large
+
+
+class Cost(NamedTuple):
+    """One line of the table. kl: nats a token, and its 95% interval over rows as plus or minus. perplexity: that of the
+    quantized model, and its change as a share. agreement: share of the same likeliest token. bits: a weight."""
+
+    name: str
+    kl: float
+    kl_error: float
+    perplexity: float
+    change: float
+    agreement: float
+    bits: float | None = None
+
+
+def check(loaded: Loaded) -> Transformer:
+    """Raises ConfigError for a model whose quantization is not written."""
+    model = loaded.model
+    if not isinstance(model, Transformer) or not loaded.autoregressive or model.window:
+        raise ConfigError("quality=true is for autoregressive transformers without a window", "quality=false")
+    return model
+
+
+def table(loaded: Loaded, packed: Packed, batch: int) -> Iterator[Cost]:
+    """The lines, one after the other as they are measured; the first is the model as it is.
+
+    `packed` holds rows of at least 1.5 times the longest tail. Raises ConfigError as `check` does, InputError for rows
+    that are too short.
+    """
+    model = check(loaded)
+    rows = packed.tokens[(packed.segments != 0).all(axis=1)][:batch]
+    if packed.length < 1.5 * max(TAILS) or not len(rows):
+        raise InputError(
+            f"quality=true needs full rows of at least {3 * max(TAILS) // 2} tokens, not {packed.length}", "set length="
+        )
+    rows = jnp.asarray(rows[:, : packed.length // CHUNK * CHUNK])
+    base = _plain(model)(loaded.params, rows)
+    yield _cost("as it is", base, base, rows)
+    for kind in ("Q8_0", "Q4_0", "Q4_K"):
+        params, kinds = quantize_params(model, loaded.params, kind, "the model")
+        yield _cost(f"weights {kind} ({kinds})", base, _plain(model)(params, rows), rows, _bits(params))
+    for planted, params in (("", loaded.params), (", planted outliers", plant(model, loaded.params))):
+        for tail in TAILS:
+            for store in STORES:
+                for scales in ("channel", "token") if store == "int4" else ("channel",):
+                    settings = Tiers(store, tail, key_scales=scales)
+                    got = _cached(model, settings)(params, rows)
+                    other = ", keys by token" if scales == "token" else ""
+                    yield _cost(f"cache {store}{other}, tail {tail}{planted}", base, got, rows)
+
+
+def line(cost: Cost) -> str:
+    """One line for the terminal."""
+    return (
+        f"{cost.name}: KL {cost.kl:.2e} (+- {cost.kl_error:.1e}) nats a token, perplexity {cost.perplexity:.3f} "
+        f"({cost.change:+.2%}), same likeliest token {cost.agreement:.2%}"
+    )
+
+
+def html(costs: list[Cost], ratios: dict[str, float]) -> str:
+    """Both tables for the report."""
+
+    def rows(cells: list[list[str]]) -> str:
+        return "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
+
+    lines = [
+        [c.name, f"{c.kl:.2e} ± {c.kl_error:.1e}", f"{c.perplexity:.3f}", f"{c.change:+.2%}", f"{c.agreement:.2%}"]
+        for c in costs
+    ]
+    heads = "<tr><th></th><th>KL, nats a token</th><th>perplexity</th><th>change</th><th>same likeliest token</th></tr>"
+    less = rows([[name, f"{ratio:.2f}x"] for name, ratio in ratios.items()])
+    return f"<table>{heads}{rows(lines)}</table><h3>Cache against bfloat16, all bytes</h3><table>{less}</table>"
+
+
+def compression() -> dict[str, float]:
+    """What a cache of 8 heads of 128 channels takes less than bfloat16, all bytes counted, by "store, tail, tokens"."""
+    found = {}
+    for store in (CacheQuantization.INT8, CacheQuantization.INT4):
+        for tail in TAILS:
+            cache = TwoTierKvCache(KvCacheConfig(tail, store_precision=store, max_tokens=2 * max(LENGTHS)))
+            held = 0
+            for length in LENGTHS:
+                blank = np.zeros((length - held, 8, 128), np.float32)
+                cache.append(blank, blank)
+                held = length
+                found[f"{store.value}, tail {tail}, {length} tokens"] = cache.stats().compression_ratio
+    return found
+
+
+def plant(model: Transformer, params: TransformerParams) -> TransformerParams:
+    """The same function with outliers among the channels of its keys: one pair of every head grows by `OUTLIER`, and
+    the queries shrink by it. Both channels of a rotary pair do, so that the scores stay as they are."""
+    half = model.dim_per_head // 2
+    grow = np.ones(model.dim_per_head, np.float32)
+    grow[[0, half]] = OUTLIER
+    layers = params.layers
+    changed: dict[str, Any] = {}
+    for name, heads, by in (("q", model.heads, 1 / grow), ("k", model.key_heads, grow)):
+        norm, weight, bias = (getattr(layers, field) for field in (f"{name}_norm", name, f"{name}_bias"))
+        if norm is not None:  # it follows the matrix, and undoes what is done there
+            changed[f"{name}_norm"] = norm * by
+            continue
+        if isinstance(weight, QuantizedWeight):
+            raise ConfigError("outliers are planted in unquantized weights", "model.quantized=false")
+        changed[name] = weight * np.tile(by, heads)
+        if bias is not None:
+            changed[f"{name}_bias"] = bias * np.tile(by, heads)
+    return dataclasses.replace(params, layers=dataclasses.replace(layers, **changed))
+
+
+@functools.cache
+def _plain(model: Transformer):
+    return jax.jit(lambda params, rows: model.apply(params, rows, mask=Mask(causal=True)).logits)
+
+
+@functools.cache
+def _cached(model: Transformer, settings: Tiers):
+    """Jitted `(params, rows) -> logits`, read in chunks through a cache."""
+
+    @jax.jit
+    def run(params, rows):
+        batch, length = rows.shape
+        cache = model.empty_tiered_cache(settings, batch, length, chunk=CHUNK)
+
+        def read(cache, part):
+            output = model.apply(params, part, mask=Mask(causal=True), cache=cache)
+            return output.aux["cache"], output.logits
+
+        parts = rows.reshape(batch, -1, CHUNK).swapaxes(0, 1)
+        logits = jax.lax.scan(read, cache, parts)[1]
+        return logits.swapaxes(0, 1).reshape(batch, length, -1)
+
+    return run
+
+
+@jax.jit
+def _compare(base, got, rows):
+    """(KL, nats, agreement) of every row, over all tokens but the first."""
+    p, q = (jax.nn.log_softmax(x[:, :-1]) for x in (base, got))
+    kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1).mean(axis=1)
+    nats = -jnp.take_along_axis(q, rows[:, 1:, None], axis=-1)[..., 0].mean(axis=1)
+    return kl, nats, (p.argmax(-1) == q.argmax(-1)).mean(axis=1)
+
+
+def _cost(name: str, base, got, rows, bits: float | None = None) -> Cost:
+    kl, nats, agreement = (np.asarray(x, np.float64) for x in _compare(base, got, rows))
+    plain = math.exp(np.asarray(_compare(base, base, rows)[1], np.float64).mean())
+    perplexity = math.exp(nats.mean())
+    error = 1.96 * kl.std(ddof=1) / math.sqrt(len(kl)) if len(kl) > 1 else math.nan
+    return Cost(name, float(kl.mean()), error, perplexity, perplexity / plain - 1, float(agreement.mean()), bits)
+
+
+def _bits(params: Any) -> float:
+    """Bits a weight of the quantized matrices, tables included."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QuantizedWeight))
+    held = [x for x in leaves if isinstance(x, QuantizedWeight)]
+    return 8 * sum(x.nbytes for x in held) / sum(math.prod(x.shape) for x in held)
