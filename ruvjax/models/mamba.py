@@ -14,6 +14,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.selective_scan import selective_scan
+from ruvjax.core.gate import swiglu
 from ruvjax.core.linear import linear
 from ruvjax.core.model import Output
 from ruvjax.core.norm import rms_norm
@@ -223,7 +224,7 @@ class Mamba:
             flipped = None if rows is None else rows.reversed()
             back, _ = self._mix(jnp.flip(u, axis=1), w.reverse, None, None, flipped, impl)
             mixed = mixed + jnp.flip(back, axis=1)
-        out = linear(mixed * jax.nn.silu(gate), w.outward)
+        out = linear(swiglu(gate, mixed), w.outward)
         if w.outward_bias is not None:
             out = out + w.outward_bias.astype(out.dtype)[None, None, :]
         return x + out.astype(x.dtype), None if window is None else next_window(u, window, rows), after

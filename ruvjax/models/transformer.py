@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.attention import Mask, attention, rotate
 from ruvjax.core.cache import KVCache, arrange, empty_kv_cache, moved
+from ruvjax.core.gate import swiglu
 from ruvjax.core.held import Held
 from ruvjax.core.linear import embed, linear, readout
 from ruvjax.core.model import DTYPES, Output, compute_dtype
@@ -437,7 +438,7 @@ class Transformer:
 
     def _mlp(self, x, w: Layer):
         up = linear(x, w.up)
-        inner = jax.nn.gelu(up) if w.gate is None else jax.nn.silu(linear(x, w.gate)) * up
+        inner = jax.nn.gelu(up) if w.gate is None else swiglu(linear(x, w.gate), up)
         return linear(inner, w.down)
 
 

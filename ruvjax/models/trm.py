@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from kernels_pallas.attention import Mask, attention
+from ruvjax.core.gate import swiglu
 from ruvjax.core.linear import embed, linear, readout
 from ruvjax.core.mixing import mix
 from ruvjax.core.model import DTYPES, Output, compute_dtype
@@ -330,7 +331,7 @@ class TinyRecursive:
         if self.mlp == "gelu":
             return jax.nn.gelu(x)
         gate, up = jnp.split(x, 2, axis=axis)
-        return jax.nn.silu(gate) * up
+        return swiglu(gate, up)
 
     def _segments(self, inputs: jax.Array, mask: jax.Array | None) -> jax.Array | None:
         """Which puzzle every position belongs to, 0 for none; None where all are of one."""
