@@ -177,6 +177,7 @@ def test_a_checkpoint_is_judged_from_the_command_line(folder, workplace, capsys)
     "line, message",
     [
         ("{", "q.jsonl:1 is not JSON"),
+        ("\n" + "[" * 100_000, "q.jsonl:2 is nested too deeply"),
         ('{"prompt": "a", "choices": ["b"], "answer": 0}', "two or more as choices"),
         ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "answer=2 is not the place of a choice"),
         (json.dumps({"prompt": "a" * 99, "choices": ["b", "c"], "answer": 0}), "the model's context 96"),
