@@ -18,6 +18,7 @@ from ruvjax.core.params import init, unstack
 from ruvjax.data.tokenize import load_tokenizer
 from ruvjax.decoding.autoregressive import Decoding
 from ruvjax.decoding.batching import Request, decode, stream
+from ruvjax.diffusion.certificates import Certificate
 from ruvjax.io.gguf_export import save_gguf
 from ruvjax.io.huggingface import load_model, save_pretrained
 from ruvjax.models.causal import forward_left_of
@@ -154,7 +155,7 @@ def test_a_mamba_and_reading_everything_again_give_the_same(folder, workplace, c
     assert records()[-1]["texts"] == cached and cached[0] != cached[1]
 
 
-def test_a_checkpoint_is_judged_from_the_command_line(folder, workplace, capsys):
+def test_a_checkpoint_is_judged_from_the_command_line(folder, workplace, capsys, monkeypatch):
     path = f"model.path={folder / 'model'}"
     questions = [
         {"prompt": "abx", "choices": ["yz", "zz", "xx"], "answer": 0},
@@ -165,6 +166,11 @@ def test_a_checkpoint_is_judged_from_the_command_line(folder, workplace, capsys)
     found = metrics(capsys, main("evaluate", evaluate.run, [path, "choices=q.jsonl"]))
     assert found["questions"] == 3 and found["accuracy"] == pytest.approx(2 / 3)
     assert found["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3)
+    monkeypatch.setattr(evaluate, "certify", lambda: [Certificate("sure", 1.0, (0.0, 2.0), "doubtful", 3.0)])
+    both = metrics(capsys, main("evaluate", evaluate.run, [path, "choices=q.jsonl", "certify=true", "run.dir=both"]))
+    assert both == found | {"certificates": 1}
+    told = Path("both/report.html").read_text()
+    assert "holds: sure" in told and "q.jsonl" in told and "3 questions: 66.7% right" in told
     Path("corpus").mkdir()
     for n in range(20):
         (Path("corpus") / f"{n}.txt").write_text("xyz" * 800 + str(n))
