@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -134,12 +135,30 @@ def test_a_checkpoint_is_sampled_from_the_command_line(folder, workplace, capsys
     stop = [path, "sample.prompt=ab", "sample.length=40", "sample.stop=[zxyz,nothing]"]
     drawn = metrics(capsys, sampled(*stop))
     assert records()[-1]["texts"] == ["abxy"] and drawn["events"] < 12
+    assert drawn["tokens"] == drawn["events"]  # the positions after the stop were never drawn
     for kind, extra in (("F32", []), ("Q8_0", ["model.quantized=true"])):
         model, params, _ = load_model(folder / "model")
         tokens = {"eos_token_id": 1, "bos_token_id": 0}
         save_gguf("m.gguf", model, params, kind, folder / "tokenizer" / "tokenizer.json", tokens=tokens)
         metrics(capsys, sampled("model.path=m.gguf", "sample.prompt=ab", "sample.length=12", *extra))
         assert records()[-1]["texts"] == ["abxyzxyzxyz"]
+
+
+@pytest.mark.parametrize("stop, shown", [([], []), (["sample.stop=[zxyz]"], ["abxy"])])
+def test_a_terminal_shows_the_first_text_once_and_cut_at_its_stop(folder, workplace, capsys, monkeypatch, stop, shown):
+    """The animation leaves it there, with what was drawn beyond the stop string; then it is printed as it is."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    asked = [f"model.path={folder / 'model'}", "sample.prompt=ab", "sample.length=12", "sample.animate=true"]
+    assert main("sample", sample.run, [*asked, "sampler=left_to_right", "sampler.temperature=0", *stop]) == 0
+    captured = capsys.readouterr()
+    assert [line for line in captured.out.splitlines()[:-1] if line] == shown and "abxyzxyz" in captured.err
+
+
+def test_tokens_that_fill_a_row_after_its_end_are_not_counted(folder, workplace, capsys):
+    """Read again for every token, a row goes on to the end of the canvas, by rule: the end token is z here."""
+    asked = [f"model.path={folder / 'model'}", "sample.prompt=ab", "sample.length=12", f"sampler.eos_id={id_of('z')}"]
+    for cache in ("true", "false"):
+        assert metrics(capsys, sampled(*asked, f"sampler.cache={cache}"))["tokens"] == 3
 
 
 def test_a_mamba_and_reading_everything_again_give_the_same(folder, workplace, capsys):
