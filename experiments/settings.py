@@ -82,7 +82,8 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How likelihood is estimated: `samples` corruptions per row of `batch` rows; at most `rows` rows (0: all)."""
+    """How likelihood is estimated: `samples` corruptions per row of `batch` rows (fewer where they are long, see
+    `data.pipeline.evaluation_batches`); at most `rows` rows (0: all)."""
 
     samples: int = 4
     batch: int = 32
