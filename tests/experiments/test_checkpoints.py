@@ -13,10 +13,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from experiments import evaluate, sample
+from experiments import drawing, evaluate, sample
 from experiments.runner import main
+from experiments.wiring import Loaded
 from ruvjax.core.params import init, unstack
-from ruvjax.data.tokenize import load_tokenizer
+from ruvjax.data.tokenize import TokenizerConfig, load_tokenizer, train_tokenizer
 from ruvjax.decoding.autoregressive import Decoding
 from ruvjax.decoding.batching import Request, decode, stream
 from ruvjax.diffusion.certificates import Certificate
@@ -63,6 +64,7 @@ def test_greedy_continuations_are_those_of_transformers(name, tmp_path):
     np.testing.assert_array_equal(answers[1].tokens, recorded)
 
 
+TOKENIZER = train_tokenizer(TokenizerConfig("bytes"), [])
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 TINY = Transformer(vocab_size=264, layers=1, width=16, heads=2, mlp_width=32, max_length=96, tied_head=False)
 
@@ -159,6 +161,29 @@ def test_tokens_that_fill_a_row_after_its_end_are_not_counted(folder, workplace,
     asked = [f"model.path={folder / 'model'}", "sample.prompt=ab", "sample.length=12", f"sampler.eos_id={id_of('z')}"]
     for cache in ("true", "false"):
         assert metrics(capsys, sampled(*asked, f"sampler.cache={cache}"))["tokens"] == 3
+
+
+def test_a_long_prompt_before_a_gap_is_read_in_pieces(folder, monkeypatch):
+    model, params, _ = load_model(folder / "model")
+    widths: list[int] = []
+
+    def forward(params, tokens, segments, carry):
+        widths.append(tokens.shape[1])
+        return forward_left_of(model)(params, tokens, segments, carry)
+
+    monkeypatch.setattr(Loaded, "forward", property(lambda loaded: forward))
+    loaded = Loaded(model, unstack(params, 1), TOKENIZER, autoregressive=True)
+    row = np.concatenate([TOKENIZER.encode("x" * 40), [TOKENIZER.mask_id] * 3, TOKENIZER.encode("x")])
+    found = []
+    for size in (64, 16):
+        monkeypatch.setattr(drawing, "CHUNK", size)
+        widths.clear()
+        asked = drawing.draw_with_events(
+            loaded, Decoding(temperature=0.0), drawing.Canvas(row[None]), jax.random.key(0)
+        )
+        found.append(asked.tokens)
+        assert max(widths) == min(size, 41)  # an end token stands before the text
+    np.testing.assert_array_equal(*found)
 
 
 def test_a_mamba_and_reading_everything_again_give_the_same(folder, workplace, capsys):
