@@ -141,7 +141,11 @@ def _attend_xla(q, k, v, tables, scale, rotated):
     if rotated:
         q, k = rotate(q, tables[:2]), rotate(k, tables[:2])
     allowed = tables[2:] if rotated else tables
-    return xla.attend(q, k, v, allowed[0] if allowed else None, scale)
+    if not allowed:
+        return xla.attend(q, k, v, None, scale)
+    # Of what nobody sees even NaN is not seen, which a weight of 0 would not hold back.
+    seen = allowed[0].any(axis=1)[:, :, None, None]
+    return xla.attend(q, *(jnp.where(seen, x, 0) for x in (k, v)), allowed[0], scale)
 
 
 def _declare(name, results, native_form, xla_form) -> Primitive:
