@@ -53,6 +53,8 @@ def _question(where: str, line: str, loaded: Loaded) -> Question:
         value = json.loads(line)
     except ValueError as error:
         raise InputError(f"{where} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{where} is nested too deeply", "a prompt, choices and an answer need two levels") from error
     value = value if isinstance(value, Mapping) else {}
     prompt, choices, answer = (value.get(name) for name in ("prompt", "choices", "answer"))
     choices = choices if isinstance(choices, list) else []

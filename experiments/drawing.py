@@ -100,7 +100,7 @@ def steps(loaded: Loaded, sampler: Sampler | Decoding, canvas: Canvas, key: jax.
         yield events
 
 
-_generate = jax.jit(generate, static_argnames=("settings", "forward", "start", "start_id", "suppressed"))
+_generate = jax.jit(generate, static_argnames=("settings", "forward", "start", "start_id", "suppressed", "chunk"))
 
 
 def left_to_right(loaded: Loaded, settings: Decoding, canvas: Canvas, key: jax.Array) -> Iterator[list[Event]]:
@@ -122,6 +122,7 @@ def left_to_right(loaded: Loaded, settings: Decoding, canvas: Canvas, key: jax.A
         start_id=-1 if loaded.published else loaded.start_id,
         carry=loaded.empty_cache(*canvas.tokens.shape) if settings.cache else None,
         suppressed=loaded.never_drawn,
+        chunk=CHUNK,
     )
     tokens, probability = jax.device_get((found.tokens, found.probability))
     if not np.isfinite(probability).all():

@@ -52,17 +52,20 @@ def evaluate_text(job: Evaluate, launch: Launch) -> Path:
         metrics: dict[str, Any] = {}
         comparison: tuple[report.Compared, ...] = ()
         sections: tuple[report.Section, ...] = ()
+        said: list[str] = []
         if loaded is not None and texts is not None and job.quality:
             metrics, sections = measure_quality(job, loaded, texts[1])
         elif loaded is not None and texts is not None:
             metrics, comparison = score_model(job, loaded, *texts)
         if loaded is not None and questions is not None:
             metrics = choices.score(loaded, questions, job.evaluation.batch)
-            note(f"{metrics['questions']} questions: {metrics['accuracy']:.1%} right by likelihood")
+            said.append(f"{metrics['questions']} questions: {metrics['accuracy']:.1%} right by likelihood")
+            note(said[-1])
         certificates = certify() if job.certify else []
         for certificate in certificates:
-            note(verdict(certificate))
-        write(folder, job, comparison, certificates, provenance, sections)
+            said.append(verdict(certificate))
+            note(said[-1])
+        write(folder, job, comparison, said, provenance, sections)
         failed = [c for c in certificates if not (c.passed and c.control_failed)]
         if failed:
             raise RunError(f"{len(failed)} of {len(certificates)} certificates fail, {failed[0].name!r} first")
@@ -126,14 +129,14 @@ def write(
     folder: RunFolder,
     job: Evaluate,
     comparison: tuple[report.Compared, ...],
-    certificates: list[Certificate],
+    said: list[str],
     provenance: dict[str, Any],
     sections: tuple[report.Section, ...] = (),
 ) -> None:
     data = report.ReportData(
         title=f"{folder.name}: {folder.path.name}",
-        subtitle=f"{job.model.path or 'certificates'}, {job.split} split",
-        notes=tuple(verdict(certificate) for certificate in certificates),
+        subtitle=f"{job.model.path or 'certificates'}, {job.choices or f'{job.split} split'}",
+        notes=tuple(said),
         comparison=comparison,
         sections=sections,
         provenance=provenance,

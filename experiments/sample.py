@@ -68,17 +68,22 @@ def sample_text(job: Sample, launch: Launch) -> Path:
         texts = [drawing.text_of(loaded, row, start, job.sample.stop) for row in tokens]
         write({"kind": "end", "texts": texts})
         if job.sample.stream != "-":
-            animated = job.sample.animate and sys.stdout.isatty()  # then the first text is on the screen already
-            print("\n\n".join(texts[animated:]), flush=True)
+            print("\n\n".join(texts[shown_already(job.sample) :]), flush=True)
         write_report(folder, loaded, canvas, events, texts, provenance)
         metrics = {
             "rows": len(texts),
-            "tokens": int(np.sum(canvas.tokens == loaded.tokenizer.mask_id)),
+            "tokens": len({(event.row, event.position) for event in events if event.confidence > 0}),  # 0: by rule
             "steps": 1 + max((event.step for event in events), default=-1),
             "events": len(events),
             "sampling_s": seconds,  # the first call's compilation included
         }
         return folder.finish("done", metrics, time.monotonic() - started)
+
+
+def shown_already(settings: Drawing) -> int:
+    """How many of the texts the animation has left on the terminal: the first, unless that was to be cut short at a
+    stop string, which the animation shows with what follows it in its last token."""
+    return int(settings.animate and not settings.stop and sys.stdout.isatty())
 
 
 def canvas_of(settings: Drawing, loaded: Loaded) -> Canvas:

@@ -82,7 +82,8 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How likelihood is estimated: `samples` corruptions per row of `batch` rows; at most `rows` rows (0: all)."""
+    """How likelihood is estimated: `samples` corruptions per row of `batch` rows (fewer where they are long, see
+    `data.pipeline.evaluation_batches`); at most `rows` rows (0: all)."""
 
     samples: int = 4
     batch: int = 32
@@ -192,6 +193,13 @@ class Evaluate:
 
     def __post_init__(self):
         at_least("evaluate", self, length=0)
+        for name in ("choices", "quality"):
+            if getattr(self, name) and not self.model.path:
+                raise ConfigError(
+                    f"{name} is asked of a model, and model.path is empty", f"set it, or leave out {name}"
+                )
+        if self.choices and self.quality:
+            raise ConfigError("choices and quality=true exclude each other", "evaluate twice, with one of them each")
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,17 @@ def missing(platform: str) -> str:
     return ""
 
 
+@functools.cache
+def cuda_runtime() -> int:
+    """The version of the CUDA runtime, 12080 for 12.8; 0 where there is none."""
+    for plugin in ("jax_cuda13_plugin", "jax_cuda12_plugin"):
+        try:
+            return int(importlib.import_module(f"{plugin}._versions").cuda_runtime_get_version())
+        except ImportError:
+            continue
+    return 0
+
+
 def mosaic_gpu() -> ModuleType:
     return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
 

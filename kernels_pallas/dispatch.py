@@ -3,7 +3,7 @@
 An op hands `dispatch` its bodies by implementation name. A Pallas body is a `Body` with the reason it cannot run on
 these operands, "" where it can; reasons depend on shapes, dtypes and options, never on values. `impl=None` takes the
 best body of the platform that the program is lowered for: `jax.lax.platform_dependent` decides where the process has
-more than a CPU, so one jitted function serves a CPU and a GPU of the same process.
+more than a CPU, so one jitted function serves a CPU and a GPU of the same process, one device and several.
 """
 
 import functools
@@ -11,13 +11,17 @@ import logging
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.extend
 from jax import lax
 
+from kernels_pallas.whole import where_whole
+
 IMPLS = ("reference", "xla", "pallas_gpu", "pallas_tpu", "interpret")
 PLATFORM_BODIES = {"cuda": "pallas_gpu", "tpu": "pallas_tpu"}
+SPLIT = "XLA's partitioner splits the arrays and cannot look into a kernel, but shard_map hands it whole ones"
 _log = logging.getLogger(__name__)
 
 
@@ -33,8 +37,8 @@ class Body(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What one call of `dispatch` came to. taken: the body that runs, by platform of this process. refused: why bodies
-    of any platform cannot run on the operands. written: the names of all bodies of the op."""
+    """What one call of `dispatch` came to. taken: the body that runs on whole arrays, by platform of this process.
+    refused: why bodies of any platform cannot run on the operands. written: the names of all bodies of the op."""
 
     op: str
     taken: Mapping[str, str]
@@ -74,9 +78,10 @@ def dispatch(op: str, impl: str | None, bodies: Mapping[str, Body], *operands: A
     """Run `op` on `operands` (pytrees of arrays; options are bound into the bodies).
 
     impl: a name of `IMPLS`, which runs exactly that body, or None, which runs "pallas_gpu" on CUDA and "pallas_tpu" on
-    TPU where they are written and can run, and "xla" everywhere else; what was passed over is logged once. All bodies
-    return arrays of the same shapes and dtypes. Raises ImplError for a named body that is unknown, is not written for
-    this op, or cannot run on these operands: a named one never falls back to another.
+    TPU where they are written, can run and find whole arrays (on one device, or inside `shard_map`), and "xla"
+    everywhere else; what was passed over is logged once. All bodies return arrays of the same shapes and dtypes. Raises
+    ImplError for a named body that is unknown, is not written for this op, or cannot run on these operands: a named one
+    never falls back to another.
     """
     decision = decide(op, impl, bodies)
     if (observed := _observed.get()) is not None:
@@ -86,10 +91,15 @@ def dispatch(op: str, impl: str | None, bodies: Mapping[str, Body], *operands: A
     for platform in decision.taken:
         if (name := PLATFORM_BODIES.get(platform, "")) in decision.refused:
             log_fallback(op, name, decision.refused[name])
-    branches = {platform: bodies[name].run for platform, name in decision.taken.items() if name != "xla"}
+    xla = bodies["xla"].run
+    branches = {
+        platform: where_whole(bodies[name].run, xla, partial(log_fallback, op, name, SPLIT))
+        for platform, name in decision.taken.items()
+        if name != "xla"
+    }
     if not branches:
-        return bodies["xla"].run(*operands)
-    return lax.platform_dependent(*operands, default=bodies["xla"].run, **branches)
+        return xla(*operands)
+    return lax.platform_dependent(*operands, default=xla, **branches)
 
 
 def named(op: str, impl: str, bodies: Mapping[str, Body]) -> Callable[..., Any]:

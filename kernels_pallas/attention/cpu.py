@@ -20,6 +20,7 @@ from kernels_pallas import native
 from kernels_pallas.attention import xla
 from kernels_pallas.attention.fold import fold
 from kernels_pallas.attention.rotation import rotate
+from kernels_pallas.whole import one_device
 
 MAX_DIM = 256
 SOURCE = "attention/csrc/attention.cc"
@@ -140,14 +141,11 @@ def _attend_xla(q, k, v, tables, scale, rotated):
     if rotated:
         q, k = rotate(q, tables[:2]), rotate(k, tables[:2])
     allowed = tables[2:] if rotated else tables
-    return xla.attend(q, k, v, allowed[0] if allowed else None, scale)
-
-
-def _one_device(context: Any) -> bool:
-    """Whether arrays are whole here: one device, or all mesh axes under manual control."""
-    if hasattr(context, "num_devices"):
-        return context.num_devices == 1
-    return hasattr(context, "mesh") and set(context.manual_axes) == set(context.mesh.axis_names)
+    if not allowed:
+        return xla.attend(q, k, v, None, scale)
+    # Of what nobody sees even NaN is not seen, which a weight of 0 would not hold back.
+    seen = allowed[0].any(axis=1)[:, :, None, None]
+    return xla.attend(q, *(jnp.where(seen, x, 0) for x in (k, v)), allowed[0], scale)
 
 
 def _declare(name, results, native_form, xla_form) -> Primitive:
@@ -158,7 +156,7 @@ def _declare(name, results, native_form, xla_form) -> Primitive:
     primitive.def_impl(xla_form)  # reached only where jit is disabled
 
     def lower(context, *operands, **params):
-        whole = _one_device(context.module_context.axis_context)
+        whole = one_device(context.module_context.axis_context)
         form = native_form if whole and not native.unavailable(SOURCE, TARGETS) else xla_form
         return mlir.lower_fun(partial(form, **params), multiple_results=True)(context, *operands)
 

@@ -35,6 +35,10 @@ def cudnn_unsupported(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> s
         return "it knows windows of causal masks only"
     if mask.block or mask.diffusion or mask.segments is not None or mask.dense is not None:
         return "it knows causal masks, their windows, and lengths only"
+    if "cuda" in platforms():
+        capability = jax.devices("cuda")[0].compute_capability
+        if float(capability) < 8.0:
+            return f"its attention is for compute capability 8.0 and later, and this device has {capability}"
     return ""
 
 
@@ -71,6 +75,9 @@ def unsupported(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> str:
         capability = jax.devices("cuda")[0].compute_capability
         if capability != "9.0":
             return f"the products are Hopper's, compute capability 9.0, and this device has {capability}"
+        # jax refuses its own kernel here where it is causal; ours compares positions for other masks just the same.
+        if 12080 <= compat.cuda_runtime() < 12091 and (mask.restricts() or q.shape[1] % BLOCK):
+            return "ptxas of CUDA 12.8.0 to 12.9.0 compiles masked kernels wrongly; CUDA 12.9.1 or 13 would do"
     return compat.missing("gpu")
 
 

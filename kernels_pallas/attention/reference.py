@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.attention import blocks
 from kernels_pallas.attention.mask import Mask
 
 
@@ -10,6 +11,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float
     """softmax(scale * q k^T) v by autodiff-able einsums; a row that may attend to nothing gives zeros."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     group = q.shape[2] // k.shape[2]
+    q, k, v = blocks.without_padding(mask, q, k, v)
     wide = [jnp.repeat(x.astype(dtype), group, axis=2) for x in (k, v)]
     scores = scale * jnp.einsum("blhd,bmhd->bhlm", q.astype(dtype), wide[0])
     allowed = mask.allowed(q.shape[1])
@@ -21,4 +23,5 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float
         weights = jnp.where(allowed, jnp.exp(jnp.where(allowed, scores - peak, 0.0)), 0.0)
         total = weights.sum(axis=-1, keepdims=True)
         probs = weights / jnp.where(total == 0, 1.0, total)
-    return jnp.einsum("bhlm,bmhd->blhd", probs, wide[1]).astype(q.dtype)
+    out = jnp.einsum("bhlm,bmhd->blhd", probs, wide[1]).astype(q.dtype)
+    return blocks.without_padding(mask, out)[0]

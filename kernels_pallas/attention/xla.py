@@ -12,13 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.attention import blocks
 from kernels_pallas.attention.mask import Mask
 from kernels_pallas.layout import contract, contract_leading
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
     """Same contract as the reference; q [batch, length, heads, dim], k and v [batch, length, kv_heads, dim]."""
-    return attend(q, k, v, mask.allowed(q.shape[1]), scale)
+    q, k, v = blocks.without_padding(mask, q, k, v)
+    out = attend(q, k, v, mask.allowed(q.shape[1]), scale)
+    return blocks.without_padding(mask, out)[0]  # so that the gradient of padding is not read either
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None, scale: float) -> jax.Array:

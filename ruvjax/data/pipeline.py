@@ -20,6 +20,7 @@ from ruvjax.data.tokenize import Tokenizer, TokenizerConfig, train_tokenizer
 from ruvjax.errors import ConfigError, InputError
 
 _ENDLESS = 1 << 40  # batches; grain wants a length
+EVALUATED = 2**18  # tokens of an evaluation batch at most: 32 rows of 65,536 would ask for tens of gigabytes
 
 
 @flax.struct.dataclass
@@ -129,8 +130,10 @@ def _permutation(seed: int, epoch: int, rows: int) -> Int[np.ndarray, "_"]:
 def evaluation_batches(packed: Packed, batch: int) -> Iterator[Batch]:
     """Every row of `packed` once, in order, in batches of one shape; `index` is the row number.
 
+    A batch has `batch` rows, fewer where these hold more than `EVALUATED` tokens, and at least one.
     What fills up the last batch has segments 0 throughout, and an index from `packed.rows` on.
     """
+    batch = max(1, min(batch, EVALUATED // packed.tokens.shape[1]))
     for first in range(0, packed.rows, batch):
         index = np.arange(first, first + batch, dtype=np.int32)
         rows = np.minimum(index, packed.rows - 1)

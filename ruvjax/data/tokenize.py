@@ -235,7 +235,10 @@ def load_tokenizer(
             f"{str(file)!r} names no {missing} token",
             "put eos_token and mask_token into the tokenizer_config.json beside it",
         )
-    start = _start_id(backend, file.parent / "tokenizer_config.json", names.get("bos_token"))
+    try:
+        start = _start_id(backend, file.parent / "tokenizer_config.json", names.get("bos_token"))
+    except Exception as error:  # bare as well: a part that is read without complaint may fail at the first text
+        raise InputError(f"{str(file)!r} encodes no text: {error}", "it may be damaged") from error
     return _wrap(backend, eos, -1 if mask is None else mask, eos if pad is None else pad, start)
 
 

@@ -153,7 +153,7 @@ def generate(
             return i + 1, settle(state, i, output.logits[:, at])[0]
 
         _, state = jax.lax.while_loop(lambda loop: (loop[0] < length) & ~loop[1][2].all(), again, (start, first))
-        return Decoded(_pad(state, free, settings), state[1])
+        return _pad(state, free, settings)
 
     read = jnp.concatenate([prefix, canvas[:, :start]], axis=1) if lead else canvas[:, :start]
     logits, carry = prefill(forward, params, read, carry, chunk)
@@ -168,7 +168,7 @@ def generate(
         return (loop[0] < length) & ~loop[1][2].all()
 
     _, state, _, _ = jax.lax.while_loop(going, step, (start, first, logits, carry))
-    return Decoded(_pad(state, free, settings), state[1])
+    return _pad(state, free, settings)
 
 
 def prefill(forward: Forward, params: Any, tokens: jax.Array, carry: Any, chunk: int = 0) -> tuple[jax.Array, Any]:
@@ -194,14 +194,15 @@ def prefill(forward: Forward, params: Any, tokens: jax.Array, carry: Any, chunk:
     return state
 
 
-def _pad(state, free, settings: Decoding) -> jax.Array:
+def _pad(state, free, settings: Decoding) -> Decoded:
     """Where every row ended early, the loop stopped before the last positions."""
-    tokens, _, done = state
+    tokens, probability, done = state
     if not settings.ends:
-        return tokens
+        return Decoded(tokens, probability)
     ends = settings.is_end(tokens) & free
     ended = jnp.cumsum(ends, axis=1) - ends > 0
-    return jnp.where(done[:, None] & free & ended, settings.pad_id, tokens)
+    past = done[:, None] & free & ended
+    return Decoded(jnp.where(past, settings.pad_id, tokens), jnp.where(past, 0.0, probability))
 
 
 def request_keys(key: Key[Array, ""], index: Int[Array, "batch"]) -> Key[Array, "batch"]:

@@ -167,6 +167,13 @@ class Sampler:
                 "exclude each other",
                 "set one of them, and 0 for the others",
             )
+        for name in ("threshold", "factor", "tokens_per_step"):
+            if self.grid == "dream" and getattr(self, name):
+                raise ConfigError(
+                    f"sampler.{name}={getattr(self, name)} and grid=dream, which counts by its own times, do not go "
+                    "together",
+                    f"grid=uniform, or {name}=0",
+                )
         plain = self.remask == "none" or self.order == "ancestral"
         _require("remask", self.remask, plain, f"none with order={self.order}")
         _require("cache", self.cache, self.cache == "none" or self.block_size > 0, "none without sampler.block_size")

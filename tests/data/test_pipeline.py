@@ -4,11 +4,13 @@ import jax
 import numpy as np
 import pytest
 
+from ruvjax.data import pipeline
 from ruvjax.data.pack import Packed, pack
 from ruvjax.data.pipeline import Batch, Pipeline, evaluation_batches, load_corpus
 from ruvjax.data.sources import SPLITS, TextSource
 from ruvjax.data.tokenize import TokenizerConfig, train_tokenizer
 from ruvjax.errors import ConfigError, InputError
+from ruvjax.training.evaluate import score
 
 ROWS = 11
 
@@ -121,6 +123,22 @@ def test_evaluation_sees_every_row_once(packed):
     np.testing.assert_array_equal(joined.tokens[:ROWS], packed.tokens)
     np.testing.assert_array_equal(joined.segments[:ROWS], packed.segments)
     assert not joined.segments[ROWS:].any()
+
+
+def test_long_rows_are_evaluated_in_smaller_batches_with_the_same_scores(packed, monkeypatch):
+    def likelihood(batch, key):
+        """Of what an estimator may look at: the tokens and the random numbers of each row."""
+        noise = jax.vmap(lambda number: jax.random.normal(jax.random.fold_in(key, number)))(batch.index)
+        return (batch.tokens * (batch.segments != 0)).sum(axis=1) + noise
+
+    def scores():
+        return score(likelihood, evaluation_batches(packed, 4), jax.random.key(0))[: packed.rows]
+
+    wide = scores()
+    for most, rows in ((11, 2), (3, 1)):  # rows of 4 tokens
+        monkeypatch.setattr(pipeline, "EVALUATED", most)
+        assert {batch.tokens.shape for batch in evaluation_batches(packed, 4)} == {(rows, 4)}
+        np.testing.assert_array_equal(scores(), wide)
 
 
 def test_load_corpus(tmp_path):

@@ -120,6 +120,19 @@ def test_cells_out_of_reach_are_never_filled(codec):
     assert best_edit(codec, logits, grid, Search()) is None
 
 
+def test_a_text_that_the_model_holds_impossible_is_repaired_all_the_same(codec):
+    """Of the text as it stands and of its answer alike some cells are impossible: the sums over them stay numbers."""
+    broken = FIXED.replace("[x, y]", "[x,, y]")
+    logits, grid = wanting(codec, broken, FIXED)
+    row = 2
+    length = int((grid[row] != PAD).sum())
+    own = grid[row, :length]
+    logits[row, np.arange(length), own] = np.where(logits[row, np.arange(length), own] < 10.0, -np.inf, 10.0)
+    logits[row, length - 1, grid[row, length - 3]] = -np.inf  # what stands there after a token is taken out too soon
+    with np.errstate(invalid="raise"):
+        assert best_edit(codec, logits, grid, Search()) == FIXED
+
+
 KINDS = ("missing_colon", "indentation", "parenthesis", "bracket", "comma", "comparison", "naming")
 MORE = (
     FIXED,

@@ -173,6 +173,16 @@ def test_unusable_tokenizer_files(tmp_path):
         load_tokenizer(path)
 
 
+def test_a_tokenizer_that_can_be_read_and_encodes_nothing(tmp_path):
+    """Without its unknown token the library raises a bare Exception at the first text."""
+    model = tokenizers.models.WordLevel({"b": 0}, unk_token="[UNK]")
+    backend = tokenizers.Tokenizer(model)
+    backend.add_special_tokens(["</s>", "<|mdm_mask|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="encodes no text"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [

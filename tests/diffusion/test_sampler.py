@@ -365,6 +365,9 @@ def test_the_forward_is_told_the_time_of_its_order():
         ({"remask": "loop", "t_on": 0.1, "t_off": 0.2}, r"0 < t_off < t_on"),
         ({"remask": "loop", "loop_alpha": 1.0}, r"sampler.loop_alpha"),
         ({"grid": "dream"}, r"sampler.grid='dream'.*order=ancestral"),
+        ({"grid": "dream", "order": "margin", "threshold": 0.9}, r"threshold=0.9 and grid=dream.*\(grid=uniform, or"),
+        ({"grid": "dream", "order": "confidence", "factor": 1.0}, r"factor=1.0 and grid=dream"),
+        ({"grid": "dream", "order": "random", "tokens_per_step": 2}, r"tokens_per_step=2 and grid=dream"),
     ],
 )
 def test_configurations_that_make_no_sense_are_refused(wrong, says):

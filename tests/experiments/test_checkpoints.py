@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -12,12 +13,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from experiments import evaluate, sample
+from experiments import drawing, evaluate, sample
 from experiments.runner import main
+from experiments.wiring import Loaded
 from ruvjax.core.params import init, unstack
-from ruvjax.data.tokenize import load_tokenizer
+from ruvjax.data.tokenize import TokenizerConfig, load_tokenizer, train_tokenizer
 from ruvjax.decoding.autoregressive import Decoding
 from ruvjax.decoding.batching import Request, decode, stream
+from ruvjax.diffusion.certificates import Certificate
 from ruvjax.io.gguf_export import save_gguf
 from ruvjax.io.huggingface import load_model, save_pretrained
 from ruvjax.models.causal import forward_left_of
@@ -61,6 +64,7 @@ def test_greedy_continuations_are_those_of_transformers(name, tmp_path):
     np.testing.assert_array_equal(answers[1].tokens, recorded)
 
 
+TOKENIZER = train_tokenizer(TokenizerConfig("bytes"), [])
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 TINY = Transformer(vocab_size=264, layers=1, width=16, heads=2, mlp_width=32, max_length=96, tied_head=False)
 
@@ -133,12 +137,53 @@ def test_a_checkpoint_is_sampled_from_the_command_line(folder, workplace, capsys
     stop = [path, "sample.prompt=ab", "sample.length=40", "sample.stop=[zxyz,nothing]"]
     drawn = metrics(capsys, sampled(*stop))
     assert records()[-1]["texts"] == ["abxy"] and drawn["events"] < 12
+    assert drawn["tokens"] == drawn["events"]  # the positions after the stop were never drawn
     for kind, extra in (("F32", []), ("Q8_0", ["model.quantized=true"])):
         model, params, _ = load_model(folder / "model")
         tokens = {"eos_token_id": 1, "bos_token_id": 0}
         save_gguf("m.gguf", model, params, kind, folder / "tokenizer" / "tokenizer.json", tokens=tokens)
         metrics(capsys, sampled("model.path=m.gguf", "sample.prompt=ab", "sample.length=12", *extra))
         assert records()[-1]["texts"] == ["abxyzxyzxyz"]
+
+
+@pytest.mark.parametrize("stop, shown", [([], []), (["sample.stop=[zxyz]"], ["abxy"])])
+def test_a_terminal_shows_the_first_text_once_and_cut_at_its_stop(folder, workplace, capsys, monkeypatch, stop, shown):
+    """The animation leaves it there, with what was drawn beyond the stop string; then it is printed as it is."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    asked = [f"model.path={folder / 'model'}", "sample.prompt=ab", "sample.length=12", "sample.animate=true"]
+    assert main("sample", sample.run, [*asked, "sampler=left_to_right", "sampler.temperature=0", *stop]) == 0
+    captured = capsys.readouterr()
+    assert [line for line in captured.out.splitlines()[:-1] if line] == shown and "abxyzxyz" in captured.err
+
+
+def test_tokens_that_fill_a_row_after_its_end_are_not_counted(folder, workplace, capsys):
+    """Read again for every token, a row goes on to the end of the canvas, by rule: the end token is z here."""
+    asked = [f"model.path={folder / 'model'}", "sample.prompt=ab", "sample.length=12", f"sampler.eos_id={id_of('z')}"]
+    for cache in ("true", "false"):
+        assert metrics(capsys, sampled(*asked, f"sampler.cache={cache}"))["tokens"] == 3
+
+
+def test_a_long_prompt_before_a_gap_is_read_in_pieces(folder, monkeypatch):
+    model, params, _ = load_model(folder / "model")
+    widths: list[int] = []
+
+    def forward(params, tokens, segments, carry):
+        widths.append(tokens.shape[1])
+        return forward_left_of(model)(params, tokens, segments, carry)
+
+    monkeypatch.setattr(Loaded, "forward", property(lambda loaded: forward))
+    loaded = Loaded(model, unstack(params, 1), TOKENIZER, autoregressive=True)
+    row = np.concatenate([TOKENIZER.encode("x" * 40), [TOKENIZER.mask_id] * 3, TOKENIZER.encode("x")])
+    found = []
+    for size in (64, 16):
+        monkeypatch.setattr(drawing, "CHUNK", size)
+        widths.clear()
+        asked = drawing.draw_with_events(
+            loaded, Decoding(temperature=0.0), drawing.Canvas(row[None]), jax.random.key(0)
+        )
+        found.append(asked.tokens)
+        assert max(widths) == min(size, 41)  # an end token stands before the text
+    np.testing.assert_array_equal(*found)
 
 
 def test_a_mamba_and_reading_everything_again_give_the_same(folder, workplace, capsys):
@@ -154,7 +199,7 @@ def test_a_mamba_and_reading_everything_again_give_the_same(folder, workplace, c
     assert records()[-1]["texts"] == cached and cached[0] != cached[1]
 
 
-def test_a_checkpoint_is_judged_from_the_command_line(folder, workplace, capsys):
+def test_a_checkpoint_is_judged_from_the_command_line(folder, workplace, capsys, monkeypatch):
     path = f"model.path={folder / 'model'}"
     questions = [
         {"prompt": "abx", "choices": ["yz", "zz", "xx"], "answer": 0},
@@ -165,6 +210,11 @@ def test_a_checkpoint_is_judged_from_the_command_line(folder, workplace, capsys)
     found = metrics(capsys, main("evaluate", evaluate.run, [path, "choices=q.jsonl"]))
     assert found["questions"] == 3 and found["accuracy"] == pytest.approx(2 / 3)
     assert found["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3)
+    monkeypatch.setattr(evaluate, "certify", lambda: [Certificate("sure", 1.0, (0.0, 2.0), "doubtful", 3.0)])
+    both = metrics(capsys, main("evaluate", evaluate.run, [path, "choices=q.jsonl", "certify=true", "run.dir=both"]))
+    assert both == found | {"certificates": 1}
+    told = Path("both/report.html").read_text()
+    assert "holds: sure" in told and "q.jsonl" in told and "3 questions: 66.7% right" in told
     Path("corpus").mkdir()
     for n in range(20):
         (Path("corpus") / f"{n}.txt").write_text("xyz" * 800 + str(n))
@@ -177,6 +227,7 @@ def test_a_checkpoint_is_judged_from_the_command_line(folder, workplace, capsys)
     "line, message",
     [
         ("{", "q.jsonl:1 is not JSON"),
+        ("\n" + "[" * 100_000, "q.jsonl:2 is nested too deeply"),
         ('{"prompt": "a", "choices": ["b"], "answer": 0}', "two or more as choices"),
         ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "answer=2 is not the place of a choice"),
         (json.dumps({"prompt": "a" * 99, "choices": ["b", "c"], "answer": 0}), "the model's context 96"),

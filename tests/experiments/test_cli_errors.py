@@ -140,6 +140,19 @@ def test_no_such_model(call, verb):
     assert call(verb)[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["certify=true", "choices=q.jsonl"], ["choices", "model.path"]),
+        (["certify=true", "quality=true"], ["quality", "model.path"]),
+        (["model.path=m", "quality=true", "choices=q.jsonl"], ["exclude each other"]),
+    ],
+)
+def test_what_an_evaluation_would_pass_over_is_refused(call, tmp_path, arguments, words):
+    refused(call("evaluate", *arguments), *words)
+    assert nothing_written(tmp_path)
+
+
 def test_help_and_printing_the_configuration_succeed(call):
     code, out, _ = call("train", "--cfg", "job")
     assert code == 0 and "trainer:" in out

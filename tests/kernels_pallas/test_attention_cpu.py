@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas import native
 from kernels_pallas.attention import Mask, attention, cpu
@@ -88,6 +89,25 @@ def test_rows_that_see_nothing_are_zero_and_nothing_leaks_from_what_is_masked():
     clean = attention(q, k, v, Mask(segments=segments))
     assert (clean[0, 15:] == 0).all()
     np.testing.assert_array_equal(attention(q, *spoiled, Mask(segments=segments))[:, :15], clean[:, :15])
+
+
+@needs_compiler
+def test_nothing_leaks_where_xla_splits_the_arrays():
+    """The XLA form in the place of the native one: NaN beyond the rows' lengths, forward and backward."""
+    split = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data"))
+    q, k, v, dout = (jax.device_put(x, split) for x in operands("float32"))
+    lengths = jax.device_put(jnp.array([15, 11], jnp.int32), split)
+
+    @jax.jit
+    def value(q, k, v, dout, lengths):
+        out, pull = jax.vjp(lambda *x: attention(*x, Mask(lengths=lengths)), q, k, v)
+        return out, pull(dout)
+
+    assert "ruvjax_attention" not in value.lower(q, k, v, dout, lengths).as_text()
+    padded = jnp.arange(19)[None, :, None, None] >= lengths[:, None, None, None]
+    spoiled = value(q, *(jnp.where(padded, jnp.nan, x) for x in (k, v)), dout, lengths)
+    for ours, clean in zip(jax.tree.leaves(spoiled), jax.tree.leaves(value(q, k, v, dout, lengths)), strict=True):
+        np.testing.assert_array_equal(ours, clean)
 
 
 @needs_compiler

@@ -79,16 +79,18 @@ def test_a_wrong_mask_is_seen():
         check(both(args, Mask(block=7), "interpret"), both(args, Mask(block=8), "reference"), TOLERANCE["float32"])
 
 
-def test_padding_gives_zeros_and_its_nans_do_not_leak():
+@pytest.mark.parametrize("impl", ["reference", "xla", "interpret"])
+def test_padding_gives_zeros_and_its_nans_do_not_leak(impl, monkeypatch):
+    monkeypatch.setenv("RUVJAX_NATIVE", "0")
     q, k, v, weight = draw()
     mask = Mask(segments=segments())
-    clean = both((q, k, v, weight), mask, "interpret")
+    clean = both((q, k, v, weight), mask, impl)
     padding = np.asarray(segments() == 0)
     assert padding.any()
     for x in clean:
         assert not np.asarray(x)[padding].any()
     spoiled = [jnp.where(jnp.asarray(padding)[:, :, None, None], jnp.nan, x) for x in (q, k, v, weight)]
-    for a, b in zip(both(spoiled, mask, "interpret"), clean, strict=True):
+    for a, b in zip(both(spoiled, mask, impl), clean, strict=True):
         np.testing.assert_array_equal(a, b)
 
 

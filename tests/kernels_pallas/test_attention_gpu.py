@@ -1,6 +1,7 @@
 """The CUDA bodies: lowered for a GPU, and interpreted where jax can (from 0.11 on). Never run on one here."""
 
 import contextlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +114,43 @@ def test_what_the_kernels_cannot_take_is_refused_by_name():
     wide = jnp.zeros((1, 4, 1, 256), jnp.bfloat16)
     with pytest.raises(ValueError, match="256 is above 128"):
         attention(wide, wide, wide, impl="pallas_gpu")
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """`device(capability, runtime)`: pretend that the process holds such a GPU and CUDA runtime."""
+
+    def hold(capability, runtime=13000):
+        monkeypatch.setattr(gpu, "platforms", lambda: ("cuda", "cpu"))
+        monkeypatch.setattr(jax, "devices", lambda _: [SimpleNamespace(compute_capability=capability)])
+        monkeypatch.setattr(compat, "cuda_runtime", lambda: runtime)
+
+    return hold
+
+
+@pytest.mark.parametrize(("capability", "refused"), [("7.5", True), ("8.0", False), ("10.0", False)])
+def test_cudnn_is_refused_before_ampere(device, capability, refused):
+    device(capability)
+    reason = gpu.cudnn_unsupported(*draw()[:3], Mask(causal=True))
+    assert (f"this device has {capability}" in reason) == refused == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "mask", "length", "refused"),
+    [
+        (12080, Mask(causal=True), 64, True),
+        (12090, Mask(block=4), 64, True),
+        (12090, Mask(), 100, True),  # what fills the last block up is masked
+        (12090, Mask(), 64, False),
+        (12060, Mask(causal=True), 64, False),
+        (12091, Mask(causal=True), 64, False),
+        (13000, Mask(causal=True), 64, False),
+    ],
+)
+def test_masked_kernels_are_refused_where_cuda_compiles_them_wrongly(device, runtime, mask, length, refused):
+    device("9.0", runtime)
+    reason = gpu.unsupported(*draw(length=length)[:3], mask)
+    assert ("CUDA 12.8.0 to 12.9.0" in reason) == refused == bool(reason)
 
 
 def test_fewer_queries_than_keys_are_refused():

@@ -8,7 +8,6 @@ BIFI, Yasunaga and Liang 2021, arXiv:2106.06600): it sees the candidates in the 
 """
 
 import keyword
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from ruvjax.data.repair.syntax import CLOSING, OPENING, lex, parse
 from ruvjax.errors import ConfigError
 
 _TOKEN_EDITS = 512  # of one token that are kept, beside those of the grammar
+_IMPOSSIBLE = -1e9  # stands for a logit of -inf: of several in one sum, infinities would make NaN
 
 
 class Candidate(NamedTuple):
@@ -56,9 +56,10 @@ def best_edit(
     `logits`: of the codec's ids in the cells of the answer; -inf where an answer cannot be.
     """
     text = codec.decode(grid)
-    candidates, least = token_edits(logits, grid, _TOKEN_EDITS), search.margin
+    logits = np.maximum(logits.astype(np.float64), _IMPOSSIBLE)  # float32 would lose the finite part of a sum
+    candidates, least = token_edits(logits, grid, _TOKEN_EDITS), max(search.margin, _IMPOSSIBLE / 2)
     if parse(text) is None:
-        candidates, least = [*candidates, *suggested_edits(codec, logits, grid)], -sys.float_info.max
+        candidates, least = [*candidates, *suggested_edits(codec, logits, grid)], _IMPOSSIBLE / 2
     candidates = [one for one in candidates if one.gain >= least]
     lines = [codec.decode(row[None]) for row in grid]
     seen = {text}
