@@ -17,6 +17,7 @@ from ruvjax.data.pipeline import Batch, evaluation_batches
 from ruvjax.decoding.likelihood import nll
 from ruvjax.diffusion.likelihood import block_nelbo_samples, nelbo_samples
 from ruvjax.diffusion.schedule import Schedule
+from ruvjax.models.causal import LanguageModel
 from ruvjax.training.evaluate import Interval, bits_per_byte, of_this_text, perplexity, score
 from ruvjax.training.report import Compared
 
