@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,10 @@ class Side:
     parameters: int
     device: str
     versions: Mapping[str, str]
-    limit_share: float | None = None  # of the matmul rate measured beside it
+    limit_share: float | None = None  # of the rate (of matmuls, of memory) measured beside it
     peak_bytes: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)  # beside the time, by name
+    tokens: tuple[int, ...] = ()  # that a decoder wrote
 
     @property
     def median(self) -> float:
@@ -148,6 +150,8 @@ def alternate(
             r["versions"],
             r.get("limit_share"),
             r.get("step_bytes"),
+            r.get("facts", {}),
+            tuple(r.get("tokens", ())),
         )
         for s, (r, variant) in zip(seconds, best)
     ]
