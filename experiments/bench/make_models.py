@@ -24,11 +24,12 @@ from ruvjax.models.transformer import Transformer
 
 GGUF = "model.gguf"
 RUN, CANVAS = "run", "canvas.npz"
-# The recipe of the README at a size that a minute of two cores trains; what `experiments.train` does at the end is left
+# The recipe of the README on bytes, which a minute of two cores is enough to learn something of; what `experiments.train` does at the end is left
 # out. The number of steps is fixed, so that every machine measures the same model.
 RECIPE = (
-    "experiment=stdlib_5min tokenizer.vocab_size=1024 model.dtype=float32 pipeline.length=256 pipeline.batch=16 "
-    "trainer.eval_every=0 evaluation.rows=16 evaluation.samples=1 samples.generated=0 samples.infilled=0"
+    "experiment=stdlib_5min tokenizer=bytes tokenizer.vocab_size=259 model.dtype=float32 pipeline.length=256 "
+    "pipeline.batch=8 trainer.eval_every=0 evaluation.rows=16 evaluation.samples=1 samples.generated=0 "
+    "samples.infilled=0"
 ).split()
 
 

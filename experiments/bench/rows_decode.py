@@ -30,7 +30,7 @@ RANDOM = {"make": "llama", "model": LLAMA}
 GREEDY = {"work": "decode", "prompt": 64, "generated": 128, "warmup": 1, "repeats": 4}
 # Held-out rows, one at a time; of every 32 tokens half are masked.
 CANVAS = {"rows": 16, "length": 256, "block": 32, "masked": 16}
-TRAINED = {"make": "trained", "steps": 300, "settings": [], **CANVAS}  # about a minute on two cores
+TRAINED = {"make": "trained", "steps": 1000, "settings": [], **CANVAS}  # about a minute on two cores
 FILLED = {"work": "sample", **CANVAS, "threshold": 0.9, "warmup": 0, "repeats": 2}
 
 
