@@ -24,8 +24,8 @@ from ruvjax.models.transformer import Transformer
 
 GGUF = "model.gguf"
 RUN, CANVAS = "run", "canvas.npz"
-# The recipe of the README on bytes, which a minute of two cores is enough to learn something of; what `experiments.train` does at the end is left
-# out. The number of steps is fixed, so that every machine measures the same model.
+# The recipe of the README on bytes, of which a minute of two cores learns something; what `experiments.train` does at
+# the end is cut short. The number of steps is fixed, so that every machine measures the same model.
 RECIPE = (
     "experiment=stdlib_5min tokenizer=bytes tokenizer.vocab_size=259 model.dtype=float32 pipeline.length=256 "
     "pipeline.batch=8 trainer.eval_every=0 evaluation.rows=16 evaluation.samples=1 samples.generated=0 "
