@@ -28,13 +28,14 @@ class Program:
     """One side: a module of ours (it has no .py), or a script of this folder that a peer's interpreter runs.
 
     checkout: a file by which the project that it imports from `peer.path` is known, "" where it needs none.
-    imports: the modules that its interpreter must have.
+    imports: the modules that its interpreter must have, and install: where they come from.
     """
 
     title: str
     source: str
     checkout: str = ""
     imports: tuple[str, ...] = ("torch",)
+    install: str = "the extra `parity`"
 
     @property
     def is_ours(self) -> bool:
@@ -100,7 +101,7 @@ def available(program: Program, python: str, path: str) -> str:
     names = ", ".join(program.imports)
     probe = subprocess.run([python, "-c", f"import {names}"], capture_output=True)
     if probe.returncode:
-        return f"{python} cannot import {names}: install the extra `parity`, or give peer.python"
+        return f"{python} cannot import {names}: install {program.install}, or give peer.python"
     if not program.checkout:
         return ""
     if not path:

@@ -9,6 +9,7 @@ row for every token. Beside the time: the share of the masked tokens that are wh
 import json
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 
 import jax
@@ -18,6 +19,7 @@ from experiments.bench.make_models import CANVAS, RUN
 from experiments.settings import ModelPath
 from experiments.wiring import Loaded, load
 from ruvjax.diffusion.sampler import Sampler, SamplerState, sample
+from ruvjax.models.transformer import Transformer
 
 
 def sampler_of(job) -> Sampler:
@@ -38,6 +40,8 @@ def filled(sampler: Sampler, loaded: Loaded, row: np.ndarray) -> SamplerState:
 def main() -> None:
     job = json.loads(sys.argv[1])
     loaded = load(ModelPath(f"{job['folder']}/{RUN}"))
+    assert isinstance(loaded.model, Transformer)
+    loaded = replace(loaded, model=replace(loaded.model, dtype=job["dtype"]))
     canvas = np.load(f"{job['folder']}/{CANVAS}")
     masked, text, sampler = canvas["masked"], canvas["text"], sampler_of(job)
     mask_id = loaded.tokenizer.mask_id

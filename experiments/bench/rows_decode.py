@@ -9,7 +9,7 @@ from experiments.bench.rows import Row
 OURS = Program("ours", "experiments.bench.ours_decode")
 FLOAT32 = Program("ruvjax float32", "experiments.bench.ours_decode")
 TRANSFORMERS = Program("transformers", "peer_transformers.py", imports=("torch", "transformers"))
-LLAMA_CPP = Program("llama.cpp", "peer_llama_cpp.py", imports=("llama_cpp",))
+LLAMA_CPP = Program("llama.cpp", "peer_llama_cpp.py", imports=("llama_cpp",), install="llama-cpp-python")
 DENOISE = Program("ours", "experiments.bench.ours_denoise")
 ONE_BY_ONE = Program("ruvjax uncached", "experiments.bench.ours_denoise")
 LLADA = Program("plain torch", "peer_llada.py", imports=("torch", "safetensors"))
@@ -28,7 +28,7 @@ LLAMA = {
 RANDOM = {"make": "llama", "model": LLAMA}
 
 GREEDY = {"work": "decode", "prompt": 64, "generated": 128, "warmup": 1, "repeats": 4}
-# Held-out rows, one at a time; of every 32 tokens half are masked.
+# Held-out rows, one at a time; of every 32 bytes half are masked.
 CANVAS = {"rows": 16, "length": 256, "block": 32, "masked": 16}
 TRAINED = {"make": "trained", "steps": 1000, "settings": [], **CANVAS}  # about a minute on two cores
 FILLED = {"work": "sample", **CANVAS, "threshold": 0.9, "warmup": 0, "repeats": 2}
@@ -39,9 +39,9 @@ def _decode(name: str, form: str, peer: Program, theirs: Mapping[str, Any]) -> R
     return Row(name, "tokens/s", GREEDY, tokens, OURS, peer, {"form": form}, theirs=theirs, prepare=RANDOM)
 
 
-def _denoise(name: str, peer: Program, theirs: Mapping[str, Any]) -> Row:
+def _denoise(name: str, peer: Program, theirs: Mapping[str, Any], dtypes: tuple[str, ...] = ("float32",)) -> Row:
     tokens = FILLED["rows"] * FILLED["length"] // FILLED["block"] * FILLED["masked"]
-    return Row(name, "tokens/s", FILLED, tokens, DENOISE, peer, {"form": "dual"}, theirs=theirs, prepare=TRAINED)
+    return Row(name, "tokens/s", FILLED, tokens, DENOISE, peer, {"form": "dual"}, dtypes, theirs, TRAINED)
 
 
 def decode() -> list[Row]:
@@ -51,6 +51,6 @@ def decode() -> list[Row]:
         _decode("decode_f32", "float32", TRANSFORMERS, {}),
         _decode("decode_q8_vs_f32", "Q8_0", FLOAT32, {"form": "float32"}),
         _denoise("dual_cache_vs_uncached", ONE_BY_ONE, {"form": "uncached"}),
-        _denoise("dual_cache_vs_llada_loop", LLADA, {}),
+        _denoise("dual_cache_vs_llada_loop", LLADA, {}, ("float32", "bfloat16")),
         _decode("llama_cpp_q8", "Q8_0", LLAMA_CPP, {}),
     ]
