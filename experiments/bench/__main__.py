@@ -1,10 +1,10 @@
 """Measure ours against peers: `python -m experiments.bench name=diffusion [peer.path=DIR] [peer.python=PATH]`.
 
-    name         which benchmark: diffusion, kernels, mamba, trm
+    name         which benchmark: decode, diffusion, kernels, mamba, trm
     rows         only these rows, separated by commas (default: all; the file then keeps the other rows it had)
     rounds       how often the sides take turns (default 3)
     peer.path    a checkout of the peer that has to be imported from one (tiny-diffusion, TinyRecursiveModels)
-    peer.python  the interpreter that has torch (default: this one; the extra `parity` brings torch)
+    peer.python  the interpreter that has torch and transformers (default: this one; the extra `parity` brings both)
 
 Each side runs in a process of its own, in turn, with its best allocator; compile time is apart; medians are compared.
 It writes experiments/bench/results/<device>/<name>.json, whose path is the last line on stdout.
@@ -14,6 +14,8 @@ import json
 import re
 import signal
 import sys
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bench.measure import Side, alternate, available
-from experiments.bench.rows import Row, diffusion
+from experiments.bench.measure import Side, alternate, available, launch
+from experiments.bench.rows import MAKE, Row, diffusion
+from experiments.bench.rows_decode import decode
 from experiments.bench.rows_kernels import kernels
 from experiments.bench.rows_mamba import mamba
 from experiments.bench.rows_trm import trm
@@ -31,8 +34,12 @@ from ruvjax.core.backend import compute_threads
 from ruvjax.core.files import write_json
 from ruvjax.errors import ConfigError, RunError, RuvjaxError
 
-BENCHMARKS = {"diffusion": diffusion, "kernels": kernels, "mamba": mamba, "trm": trm}
+BENCHMARKS = {"decode": decode, "diffusion": diffusion, "kernels": kernels, "mamba": mamba, "trm": trm}
 RESULTS = Path(__file__).resolve().parent / "results"
+# Told beside the table where a row has them.
+FACTS = tuple(
+    f"{side}_{name}" for name in ("weight_bytes", "accuracy", "passes_per_token") for side in ("ours", "theirs")
+) + ("same_tokens",)
 USAGE = "usage: python -m experiments.bench name=NAME [rows=A,B] [rounds=3] [peer.path=DIR] [peer.python=PATH]"
 
 
@@ -77,14 +84,26 @@ def parse(arguments: list[str]) -> Job:
     )
 
 
-def measure(row: Row, job: Job, console: Console) -> tuple[dict[str, Any], Side]:
+def prepared(row: Row, scratch: Path, console: Console) -> dict[str, str]:
+    """What both sides are told of the files that they read, which are made for the first row that asks for them."""
+    if not row.prepare:
+        return {}
+    folder = scratch / row.prepare["make"]
+    if not folder.exists():
+        console.print(f"making the files of {row.name} ...", markup=False)
+        folder.mkdir()
+        launch(MAKE, {**row.prepare, "work": "make", "folder": str(folder)}, {}, sys.executable)
+    return {"folder": str(folder)}
+
+
+def measure(row: Row, job: Job, console: Console, files: Mapping[str, str] = {}) -> tuple[dict[str, Any], Side]:
     """One row of the result file, and our side of it. `theirs` is None where the peer cannot run here."""
     missing = available(row.peer, job.python, job.path)
     if missing:
         console.print(f"{row.name}: {row.peer.title} is not run: {missing}", style="yellow", markup=False)
-    sides = [(row.program, {**row.job, **row.ours})]
+    sides = [(row.program, {**row.job, **row.ours, **files})]
     if not missing:
-        sides.append((row.peer, {**row.job, **row.theirs, "path": job.path}))
+        sides.append((row.peer, {**row.job, **row.theirs, **files, "path": job.path}))
     measured = alternate(sides, row.dtypes, job.rounds, job.python)
     rates = [row.tokens / side.median for side in measured]
     ours, theirs = measured[0], measured[1] if not missing else None
@@ -108,6 +127,10 @@ def measure(row: Row, job: Job, console: Console) -> tuple[dict[str, Any], Side]
         "theirs_versions": None if theirs is None else dict(theirs.versions),
         "repetitions": [len(side.seconds) for side in measured],
     }
+    for side, found in zip(("ours", "theirs"), measured):
+        record |= {f"{side}_{name}": value for name, value in found.facts.items()}
+    if theirs is not None and ours.tokens and theirs.tokens:
+        record["same_tokens"] = sum(a == b for a, b in zip(ours.tokens, theirs.tokens)) / len(ours.tokens)
     return record, ours
 
 
@@ -134,6 +157,9 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         theirs = "-" if row["theirs"] is None else f"{row['theirs']:,.{digits}f}"
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
         settings = (row["ours_settings"], row["theirs_settings"] or "-")
+        facts = [f"{name} {row[name]:,.3f}".removesuffix(".000") for name in FACTS if name in row]
+        if facts:
+            console.print(f"{row['name']}: {', '.join(facts)}", markup=False)
         table.add_row(row["name"], f"{row['ours']:,.{digits}f}", theirs, row["unit"], ratio, row["peer"], *settings)
     console.print(table)
 
@@ -142,15 +168,16 @@ def run(job: Job, console: Console) -> Path:
     rows = BENCHMARKS[job.name]()
     records: list[dict[str, Any]] = []
     path = None
-    for row in rows:
-        if job.rows and row.name not in job.rows:
-            continue
-        console.print(f"{row.name} ...", markup=False)
-        record, ours = measure(row, job, console)
-        records.append(record)
-        path = RESULTS / slug(ours.device) / f"{job.name}.json"
-        result = {"format_version": 1, "device": path.parent.name, "versions": dict(ours.versions), "rows": records}
-        keep(path, result, [row.name for row in rows])  # after each row: the benchmark takes minutes
+    with tempfile.TemporaryDirectory(prefix="ruvjax-bench-") as scratch:
+        for row in rows:
+            if job.rows and row.name not in job.rows:
+                continue
+            console.print(f"{row.name} ...", markup=False)
+            record, ours = measure(row, job, console, prepared(row, Path(scratch), console))
+            records.append(record)
+            path = RESULTS / slug(ours.device) / f"{job.name}.json"
+            result = {"format_version": 1, "device": path.parent.name, "versions": dict(ours.versions), "rows": records}
+            keep(path, result, [row.name for row in rows])  # after each row: the benchmark takes minutes
     show(records, console)
     assert path is not None
     return path

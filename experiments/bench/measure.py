@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ class Program:
     """One side: a module of ours (it has no .py), or a script of this folder that a peer's interpreter runs.
 
     checkout: a file by which the project that it imports from `peer.path` is known, "" where it needs none.
-    imports: the modules that its interpreter must have.
+    imports: the modules that its interpreter must have, and install: where they come from.
     """
 
     title: str
     source: str
     checkout: str = ""
     imports: tuple[str, ...] = ("torch",)
+    install: str = "the extra `parity`"
 
     @property
     def is_ours(self) -> bool:
@@ -51,8 +52,10 @@ class Side:
     parameters: int
     device: str
     versions: Mapping[str, str]
-    limit_share: float | None = None  # of the matmul rate measured beside it
+    limit_share: float | None = None  # of the rate (of matmuls, of memory) measured beside it
     peak_bytes: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)  # beside the time, by name
+    tokens: tuple[int, ...] = ()  # that a decoder wrote
 
     @property
     def median(self) -> float:
@@ -98,7 +101,7 @@ def available(program: Program, python: str, path: str) -> str:
     names = ", ".join(program.imports)
     probe = subprocess.run([python, "-c", f"import {names}"], capture_output=True)
     if probe.returncode:
-        return f"{python} cannot import {names}: install the extra `parity`, or give peer.python"
+        return f"{python} cannot import {names}: install {program.install}, or give peer.python"
     if not program.checkout:
         return ""
     if not path:
@@ -148,6 +151,8 @@ def alternate(
             r["versions"],
             r.get("limit_share"),
             r.get("step_bytes"),
+            r.get("facts", {}),
+            tuple(r.get("tokens", ())),
         )
         for s, (r, variant) in zip(seconds, best)
     ]

@@ -88,13 +88,19 @@ def train_step(network, optimizer, tokens, mask_id, bf16):
     return loss.item()
 
 
-@torch.inference_mode()
 def llada_sample(network, prompt, gen_length, steps, block_length, temperature, mask_id, bf16):
-    """LLaDA's sampling (Nie et al. 2025): whole-sequence passes, tokens drawn by Gumbel noise in float64, and in each
-    step the most confident tokens of the current block kept, the others left masked."""
-    batch, start = prompt.shape
+    """`gen_length` tokens after a prompt [batch, length]."""
     x = F.pad(prompt, (0, gen_length), value=mask_id)
-    blocks = gen_length // block_length
+    return llada_fill(network, x, prompt.shape[1], steps, block_length, temperature, mask_id, bf16)
+
+
+@torch.inference_mode()
+def llada_fill(network, x, start, steps, block_length, temperature, mask_id, bf16):
+    """LLaDA's sampling (Nie et al. 2025): whole-sequence passes, tokens drawn by Gumbel noise in float64, and in each
+    step the most confident tokens of the current block kept, the others left masked. Blocks count from `start`; what is
+    masked in x [batch, length] is filled, in x itself."""
+    batch = x.shape[0]
+    blocks = (x.shape[1] - start) // block_length
     per_block = steps // blocks
     for block in range(blocks):
         end = start + (block + 1) * block_length

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from experiments.bench.measure import Program
 
 OURS = Program("ours", "experiments.bench.ours_diffusion")
+MAKE = Program("the model", "experiments.bench.make_models")
 TORCH = Program("plain torch", "peer_torch.py")
 TINY = Program("tiny-diffusion", "peer_tiny_diffusion.py", checkout="training.py")
 
@@ -15,8 +16,9 @@ TINY = Program("tiny-diffusion", "peer_tiny_diffusion.py", checkout="training.py
 class Row:
     """One line of the table. `job` goes to both programs, `ours` and `theirs` hold what only one of them is told.
 
-    tokens: how many units one timed repetition processes (tokens; in sampling those generated; steps). dtypes: the
-    dtypes tried, of which each side keeps its fastest.
+    prepare: what `make_models` makes in the folder that both programs are then given as "folder"; rows that ask for the
+    same share it. tokens: how many units one timed repetition processes (tokens; in sampling those generated; steps).
+    dtypes: the dtypes tried, of which each side keeps its fastest.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Row:
     ours: Mapping[str, Any]
     dtypes: tuple[str, ...] = ("float32",)
     theirs: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Mapping[str, Any] = field(default_factory=dict)
 
 
 SIZES = {

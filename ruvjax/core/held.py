@@ -11,14 +11,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 @struct.dataclass
 class Held:
-    """The keys (rotated) and values of every position, as the last pass over it made them; stacked over layers.
+    """The keys (rotated) and values of every position, as the last pass over it made them.
 
+    k, v: one array a layer, so that a compiled loop copies none out of a stack.
     start: the position of the first token of the pass. write: which of its tokens put their keys and values in the
     place of those that are held; the pass attends to what is held then. None: all of them.
     """
 
-    k: Float[Array, "layers batch length kv_heads dim"]
-    v: Float[Array, "layers batch length kv_heads dim"]
+    k: tuple[Float[Array, "batch length kv_heads dim"], ...]
+    v: tuple[Float[Array, "batch length kv_heads dim"], ...]
     start: Int[Array, "batch"]
     write: Bool[Array, "batch queries"] | None = None
 

@@ -9,6 +9,7 @@ block         models whose blocks see only themselves and what is left of them (
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -75,7 +76,7 @@ def empty_cache(
 ) -> BlockCache:
     """The carry before the first pass. `held` is that of the model for as many rows as it serves: twice as many under
     guidance."""
-    batch, length = held.k.shape[1:3]
+    batch, length = held.k[0].shape[:2]
     width = min(sampler.block_size, length)
     numbers, blocks = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, -(-length // width) + 1), jnp.float32)
     none = jnp.zeros(batch, bool)
@@ -144,7 +145,8 @@ def cached(
         needed = view.active if sampler.meter else whole_due
         full, renewed = _if(needed, passes.whole, (before, held))
         hidden = _pick(whole_due, full, hidden)
-        held = replace(held, k=_pick(whole_due, renewed.k, held.k, 1), v=_pick(whole_due, renewed.v, held.v, 1))
+        k, v = jax.tree.map(partial(_pick, whole_due), (renewed.k, renewed.v), (held.k, held.v))
+        held = replace(held, k=k, v=v)
 
         logits = project(params, hidden)
         drift, kl, metered, interval = carry.drift, carry.kl, carry.metered, carry.interval
@@ -248,8 +250,6 @@ def _if(due: jax.Array, do: Callable[[_Step], _Step], step: _Step) -> _Step:
     return lax.cond(jnp.any(due), do, lambda step: step, step)
 
 
-def _pick(rows: jax.Array, one: jax.Array, other: jax.Array, axis: int = 0) -> jax.Array:
-    """`one` for the `rows` along an axis, `other` for the rest."""
-    shape = [1] * one.ndim
-    shape[axis] = -1
-    return jnp.where(rows.reshape(shape), one, other)
+def _pick(rows: jax.Array, one: jax.Array, other: jax.Array) -> jax.Array:
+    """`one` for the `rows`, `other` for the rest."""
+    return jnp.where(rows.reshape(-1, *(1,) * (one.ndim - 1)), one, other)

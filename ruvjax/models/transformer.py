@@ -299,7 +299,7 @@ class Transformer:
         of the position before. Raises ConfigError where a time-conditioned model gets no time.
         """
         place = held.start[:, None] + default_positions(tokens)
-        seen = self._seen(mask).rows(place, held.k.shape[2])
+        seen = self._seen(mask).rows(place, held.k[0].shape[1])
         x, rotation, condition = self._enter(params, tokens, place, time)
 
         def block(x, layer):
@@ -319,16 +319,17 @@ class Transformer:
             for i, weights in enumerate(unstack(params, self.layers).layers):
                 x, renewed = block(x, (weights, held.k[i], held.v[i]))
                 made.append(renewed)
-            k, v = (jnp.stack(part) for part in zip(*made))
+            k, v = zip(*made)
         else:
-            x, (k, v) = lax.scan(block, x, (params.layers, held.k, held.v))
+            x, stacked = lax.scan(block, x, (params.layers, jnp.stack(held.k), jnp.stack(held.v)))
+            k, v = (tuple(part) for part in stacked)
         return self._leave(params, x, condition), replace(held, k=k, v=v)
 
     def nothing_held(self, batch: int, length: int) -> Held:
         """Room for the keys and values of `length` positions of `batch` rows; none of it may be attended to."""
-        shape = (self.layers, batch, length, self.key_heads, self.dim_per_head)
-        zeros = jnp.zeros(shape, compute_dtype(self.dtype))
-        return Held(zeros, zeros, jnp.zeros(batch, jnp.int32))
+        shape = (batch, length, self.key_heads, self.dim_per_head)
+        blank = (jnp.zeros(shape, compute_dtype(self.dtype)),) * self.layers
+        return Held(blank, blank, jnp.zeros(batch, jnp.int32))
 
     def empty_cache(self, batch: int, capacity: int = 0) -> KVCache:
         """The cache of `batch` rows before their first token, with room for `capacity` tokens (0: `max_length`)."""

@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import measure, ours_kernels, rows
-from ruvjax.core.params import init
+from experiments.bench import make_models, measure, ours_decode, ours_denoise, ours_kernels, rows, rows_decode
+from experiments.settings import ModelPath
+from experiments.wiring import Loaded, export, load
+from kernels_pallas.attention import Mask
+from ruvjax.core.params import abstract, init, unstack
+from ruvjax.data.tokenize import TokenizerConfig, train_tokenizer
 from ruvjax.errors import ConfigError, InputError, RunError
+from ruvjax.io.huggingface import load_model
 from ruvjax.models.transformer import Transformer
 
 WANTED = (
@@ -148,14 +153,21 @@ def test_rows_measured_before_are_kept(tmp_path):
     assert bench.slug("NVIDIA H200") == "nvidia-h200"
 
 
+def script(name, monkeypatch=None):
+    """A peer's program as a module; it finds its neighbours as a script does."""
+    spec = importlib.util.spec_from_file_location(name, measure.HERE / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    if monkeypatch is not None:
+        monkeypatch.syspath_prepend(str(measure.HERE))
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def peer():
     pytest.importorskip("torch", reason="the torch peer needs torch: install the extra `parity`")
-    spec = importlib.util.spec_from_file_location("peer_torch", measure.HERE / "peer_torch.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("peer_torch")
 
 
 SMALL = {"vocab_size": 20, "layers": 2, "width": 16, "heads": 2, "mlp_width": 24}
@@ -193,3 +205,135 @@ def test_the_peers_sampling_loop_reveals_evenly_and_keeps_the_prompt(peer):
     out = peer.llada_sample(network, prompt, 8, 4, 4, 1.0, 19, False)
     assert (out[:, :4] == prompt).all() and (out != 19).all()
     assert seen == [[8] * 3, [6] * 3, [4] * 3, [2] * 3]
+
+
+def test_the_rows_of_decode():
+    found = {row.name: row for row in rows_decode.decode()}
+    assert list(found) == (
+        "decode_f32 decode_q8_vs_f32 dual_cache_vs_uncached dual_cache_vs_llada_loop llama_cpp_q8".split()
+    )
+    model = Transformer(**rows_decode.LLAMA)
+    assert 60e6 < sum(np.prod(spec.shape) for spec in jax.tree.leaves(abstract(model))) < 66e6
+    assert found["decode_f32"].tokens == 128 and found["decode_f32"].job["prompt"] == 64
+    assert found["dual_cache_vs_uncached"].tokens == 16 * 128  # half of 16 rows of 256
+    assert found["decode_q8_vs_f32"].peer.title == "ruvjax float32" and found["decode_q8_vs_f32"].peer.is_ours
+
+
+def test_files_are_made_once_and_named_to_both_sides(tmp_path, monkeypatch):
+    made, told = [], []
+    monkeypatch.setattr(bench, "launch", lambda program, job, *rest: made.append((program.title, job["make"])))
+    monkeypatch.setattr(bench, "available", lambda *arguments: "")
+    console = bench.Console(quiet=True)
+    for row in rows_decode.decode():
+        told.append(bench.prepared(row, tmp_path, console)["folder"])
+    assert made == [("the model", "llama"), ("the model", "trained")]
+    assert told == [str(tmp_path / name) for name in ("llama", "llama", "trained", "trained", "llama")]
+    assert bench.prepared(rows.diffusion()[0], tmp_path, console) == {}
+
+    def alternate(sides, *rest):
+        assert all(job["folder"] == told[0] for _, job in sides)
+        facts = [{"accuracy": 0.5}, {"accuracy": 0.25}]
+        return [
+            measure.Side((1.0,), 1.0, "malloc, float32", 10, "cpu", {}, facts=fact, tokens=tokens)
+            for fact, tokens in zip(facts, ((1, 2, 3, 4), (1, 2, 3, 5)))
+        ]
+
+    monkeypatch.setattr(bench, "alternate", alternate)
+    record, _ = bench.measure(rows_decode.decode()[0], bench.Job("decode"), console, {"folder": told[0]})
+    assert (record["ours_accuracy"], record["theirs_accuracy"], record["same_tokens"]) == (0.5, 0.25, 0.75)
+
+
+TINY_LLAMA = {
+    "vocab_size": 64,
+    "layers": 2,
+    "width": 32,
+    "heads": 4,
+    "kv_heads": 2,
+    "mlp_width": 64,
+    "tied_head": False,
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    make_models.llama({"model": {**TINY_LLAMA, "max_length": 64}}, folder)
+    return {"folder": str(folder), "prompt": 6, "generated": 9}
+
+
+def test_decoding_gives_the_tokens_of_the_whole_forward_pass(llama):
+    model, params, weights = ours_decode.loaded({**llama, "form": "float32"})
+    row = ours_decode.prompt_of(llama, 64)
+    for _ in range(9):
+        logits = model.apply(params, jnp.asarray([row], jnp.int32), mask=Mask(causal=True)).logits
+        row.append(int(jnp.argmax(logits[0, -1])))
+    assert ours_decode.continued(llama, model, params) == row[6:]
+    assert weights == sum(x.size for x in jax.tree.leaves(params))
+    assert ours_decode.bytes_per_token(params) == 4 * (weights - 64 * 32)
+
+
+def test_the_q8_form_holds_a_quarter_of_the_bytes_and_the_gguf_file_the_same_blocks(llama):
+    _, wide, _ = ours_decode.loaded({**llama, "form": "float32"})
+    model, blocks, _ = ours_decode.loaded({**llama, "form": "Q8_0"})
+    assert 0.25 < ours_decode.bytes_of(blocks) / ours_decode.bytes_of(wide) < 0.3
+    _, read, _ = load_model(f"{llama['folder']}/Q8_0/{make_models.GGUF}", quantized=True)
+    for one, other in zip(jax.tree.leaves(blocks), jax.tree.leaves(unstack(read, model.layers)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_transformers_decodes_the_same_tokens(llama, capsys, monkeypatch):
+    pytest.importorskip("transformers", reason="the peer needs transformers: install the extra `parity`")
+    pytest.importorskip("torch", reason="the peer needs torch: install the extra `parity`")
+    peer = script("peer_transformers")
+    job = {**llama, "work": "decode", "dtype": "float32", "threads": 1, "warmup": 0, "repeats": 1}
+    monkeypatch.setattr(sys, "argv", ["peer", json.dumps(job)])
+    peer.main()
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    model, params, weights = ours_decode.loaded({**llama, "form": "float32"})
+    assert report["tokens"] == ours_decode.continued(llama, model, params)
+    assert report["parameters"] == weights and report["facts"]["weight_bytes"] == ours_decode.bytes_of(params)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """As `make_models.trained` leaves it, after no training at all."""
+    folder = tmp_path_factory.mktemp("trained")
+    tokenizer = train_tokenizer(TokenizerConfig(kind="bytes", vocab_size=259), [])
+    model = Transformer(vocab_size=tokenizer.vocab_size, layers=2, width=16, heads=2, mlp_width=24, max_length=32)
+    params = init(model, jax.random.key(0))
+    export(folder / make_models.RUN / "model", Loaded(model, params, tokenizer))
+    rows_ = np.random.default_rng(0).integers(3, 259, (3, 16), np.int32)
+    free = make_models.half_masked(rows_.shape, 8, 4)
+    assert (free.reshape(3, 2, 8).sum(-1) == 4).all()
+    masked = np.where(free, tokenizer.mask_id, rows_)
+    np.savez(folder / make_models.CANVAS, text=rows_, masked=masked)
+    return {"folder": str(folder), "work": "sample", "length": 16, "block": 8, "masked": 4, "threshold": 0.9}
+
+
+def filled(job, form):
+    """The tokens, the text and the model of the canvas in `trained`."""
+    loaded = load(ModelPath(f"{job['folder']}/{make_models.RUN}"))
+    canvas, sampler = np.load(f"{job['folder']}/{make_models.CANVAS}"), ours_denoise.sampler_of({**job, "form": form})
+    states = [ours_denoise.filled(sampler, loaded, row) for row in canvas["masked"]]
+    return states, canvas, loaded
+
+
+def test_both_forms_fill_every_mask_and_keep_the_text(trained):
+    for form in ("uncached", "dual"):
+        states, canvas, loaded = filled(trained, form)
+        for state, masked in zip(states, canvas["masked"], strict=True):
+            given = masked != loaded.tokenizer.mask_id
+            tokens = np.asarray(state.tokens[0])
+            assert (tokens[given] == masked[given]).all() and (tokens != loaded.tokenizer.mask_id).all()
+            assert int(state.nfe[0]) <= 8 and (form == "dual" or int(state.nfe[0]) == 8)
+
+
+def test_lladas_loop_over_our_weights_is_our_uncached_sampler(trained, monkeypatch):
+    torch = pytest.importorskip("torch", reason="the torch peer needs torch: install the extra `parity`")
+    peer = script("peer_llada", monkeypatch)
+    states, canvas, loaded = filled(trained, "uncached")
+    network, mask_id = peer.read(f"{trained['folder']}/run/model", 16)
+    assert mask_id == loaded.tokenizer.mask_id
+    for state, masked in zip(states, canvas["masked"], strict=True):
+        answer = peer.llada_fill(network, torch.from_numpy(masked)[None].long(), 0, 8, 8, 0.0, mask_id, False)
+        np.testing.assert_array_equal(answer[0].numpy(), state.tokens[0])
