@@ -126,6 +126,7 @@ def plant(model: Transformer, params: TransformerParams) -> TransformerParams:
     grow = np.ones(model.dim_per_head, np.float32)
     grow[[0, half]] = OUTLIER
     layers = params.layers
+    assert not isinstance(layers, tuple)
     changed: dict[str, Any] = {}
     for name, heads, by in (("q", model.heads, 1 / grow), ("k", model.key_heads, grow)):
         norm, weight, bias = (getattr(layers, field) for field in (f"{name}_norm", name, f"{name}_bias"))
@@ -159,7 +160,7 @@ def _cached(model: Transformer, settings: Tiers):
             return output.aux["cache"], output.logits
 
         parts = rows.reshape(batch, -1, CHUNK).swapaxes(0, 1)
-        logits = jax.lax.scan(read, cache, parts)[1]
+        logits: Any = jax.lax.scan(read, cache, parts)[1]
         return logits.swapaxes(0, 1).reshape(batch, length, -1)
 
     return run

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -40,7 +41,8 @@ def where_whole(
         cotangents = [x for x in jax.tree.leaves(cotangents) if x.dtype != jax.dtypes.float0]
         pulls = [partial(_pull, _flat(form, tree), smooth) for form in (kernel, fallback)]
         gradients: list[Any] = [None] * len(leaves)  # of integers there is none
-        for number, gradient in zip(smooth, where_whole(*pulls, passed_over)(leaves, cotangents)):
+        pulled = where_whole(pulls[0], pulls[1], passed_over)(leaves, cotangents)
+        for number, gradient in zip(smooth, pulled):
             gradients[number] = gradient
         return tuple(jax.tree.unflatten(tree, gradients))
 
@@ -65,7 +67,7 @@ def _pull(form, smooth, leaves, cotangents):
 
 
 def _shapes(*operands, fallback, **_):
-    return [jax.core.ShapedArray(x.shape, x.dtype) for x in jax.eval_shape(fallback, *operands)]
+    return [ShapedArray(x.shape, x.dtype) for x in jax.eval_shape(fallback, *operands)]
 
 
 def _lower(context, *operands, kernel, fallback, passed_over):

@@ -150,8 +150,8 @@ class JaxBackend:
 
     def device(self) -> DeviceType:
         """Where models run."""
-        kinds = {"gpu": "cuda", "METAL": "metal"}
-        return DeviceType(kinds.get(self._device.platform, self._device.platform), self._device.id)
+        platform = str(self._device.platform)
+        return DeviceType({"gpu": "cuda", "METAL": "metal"}.get(platform, platform), self._device.id)
 
     def memory_stats(self) -> MemoryStats:
         """Bytes held now."""
@@ -287,7 +287,7 @@ def _read(model_id: str | os.PathLike[str], config: ModelConfig, device: jax.Dev
 def _tiers(config: KvCacheConfig | None) -> Tiers | None:
     if config is None:
         return None
-    return Tiers(_STORES[config.store_precision], config.tail_length, config.migration_batch)
+    return Tiers(_STORES[config.store], config.tail_length, config.migration_batch)
 
 
 def _tokenizer(path: Path, files: ModelFiles, is_file: bool) -> Tokenizer:

@@ -92,6 +92,18 @@ class KvCacheConfig:
                 f"at least {self.tail_length + self.migration_batch}",
             )
 
+    @property
+    def store(self) -> CacheQuantization:
+        """`store_precision`, however it was given."""
+        assert isinstance(self.store_precision, CacheQuantization)
+        return self.store_precision
+
+    @property
+    def tail_dtype(self) -> str:
+        """`tail_precision`, however it was given."""
+        assert isinstance(self.tail_precision, str)
+        return self.tail_precision
+
 
 @dataclass(frozen=True)
 class KvCacheStats:
@@ -114,7 +126,7 @@ class TwoTierKvCache:
 
     def __init__(self, config: KvCacheConfig):
         self._config = config
-        self._policy = config.store_precision
+        self._policy = config.store
         page = config.migration_batch
         tail, store = -(-config.tail_length // page) + 2, -(-config.max_tokens // page) + 1
         self._pages: Pages = empty_pages(1, page=page, tail_slots=tail, store_slots=store)
@@ -200,7 +212,7 @@ class TwoTierKvCache:
             self._pages,
             config.num_kv_heads,
             config.head_dim,
-            dtype=jnp.dtype(config.tail_precision),
+            dtype=jnp.dtype(config.tail_dtype),
             key_bits=policy.bits,
             value_bits=policy.bits,
             rotated=policy is CacheQuantization.INT4_ROTATED,

@@ -378,7 +378,8 @@ class Transformer:
         places = cache.length[:, None] + default_positions(tokens)
         positions = places if positions is None else moved(positions, chunk.order)
         x, rotation, condition = self._enter(params, tokens, positions, time)
-        room, renewed = cache.begin(chunk, places), []
+        room: Any = cache.begin(chunk, places)  # each kind of cache knows its own
+        renewed: list[Any] = []
         for i, weights in enumerate(unstack(params, self.layers).layers):
 
             def attend(q, k, v, i=i):
