@@ -38,9 +38,9 @@ def where_whole(
         leaves, tree = jax.tree.flatten(operands)
         smooth = [number for number, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
         cotangents = [x for x in jax.tree.leaves(cotangents) if x.dtype != jax.dtypes.float0]
-        pulls = [partial(_pull, _flat(form, tree), smooth) for form in (kernel, fallback)]
+        own, other = (partial(_pull, _flat(form, tree), smooth) for form in (kernel, fallback))
         gradients: list[Any] = [None] * len(leaves)  # of integers there is none
-        for number, gradient in zip(smooth, where_whole(*pulls, passed_over)(leaves, cotangents)):
+        for number, gradient in zip(smooth, where_whole(own, other, passed_over)(leaves, cotangents)):
             gradients[number] = gradient
         return tuple(jax.tree.unflatten(tree, gradients))
 
@@ -65,7 +65,7 @@ def _pull(form, smooth, leaves, cotangents):
 
 
 def _shapes(*operands, fallback, **_):
-    return [jax.core.ShapedArray(x.shape, x.dtype) for x in jax.eval_shape(fallback, *operands)]
+    return jax.make_jaxpr(fallback)(*operands).out_avals
 
 
 def _lower(context, *operands, kernel, fallback, passed_over):

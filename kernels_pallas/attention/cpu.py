@@ -145,7 +145,7 @@ def _attend_xla(q, k, v, tables, scale, rotated):
         return xla.attend(q, k, v, None, scale)
     # Of what nobody sees even NaN is not seen, which a weight of 0 would not hold back.
     seen = allowed[0].any(axis=1)[:, :, None, None]
-    return xla.attend(q, *(jnp.where(seen, x, 0) for x in (k, v)), allowed[0], scale)
+    return xla.attend(q, jnp.where(seen, k, 0), jnp.where(seen, v, 0), allowed[0], scale)
 
 
 def _declare(name, results, native_form, xla_form) -> Primitive:
