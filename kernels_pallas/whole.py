@@ -39,7 +39,7 @@ def where_whole(
         leaves, tree = jax.tree.flatten(operands)
         smooth = [number for number, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
         cotangents = [x for x in jax.tree.leaves(cotangents) if x.dtype != jax.dtypes.float0]
-        pulls = [partial(_pull, _flat(form, tree), smooth) for form in (kernel, fallback)]
+        own, other = (partial(_pull, _flat(form, tree), smooth) for form in (kernel, fallback))
         gradients: list[Any] = [None] * len(leaves)  # of integers there is none
         pulled = where_whole(pulls[0], pulls[1], passed_over)(leaves, cotangents)
         for number, gradient in zip(smooth, pulled):
