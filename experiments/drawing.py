@@ -120,7 +120,7 @@ def left_to_right(loaded: Loaded, settings: Decoding, canvas: Canvas, key: jax.A
         key,
         start=int(positions[0]),
         start_id=-1 if loaded.published else loaded.start_id,
-        carry=loaded.empty_cache(*canvas.tokens.shape) if settings.cache else None,
+        carry=loaded.empty_cache(*canvas.tokens.shape, settings) if settings.cache else None,
         suppressed=loaded.never_drawn,
         chunk=CHUNK,
     )
@@ -162,7 +162,7 @@ def continued(
         loaded.params,
         requests,
         key,
-        empty=lambda count: loaded.empty_cache(count, max(capacity, chunk)),
+        empty=lambda count: loaded.empty_cache(count, max(capacity, chunk), settings),
         vocabulary=loaded.model.vocab_size,
         slots=slots,
         chunk=chunk,

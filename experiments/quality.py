@@ -131,14 +131,18 @@ def plant(model: Transformer, params: TransformerParams) -> TransformerParams:
     for name, heads, by in (("q", model.heads, 1 / grow), ("k", model.key_heads, grow)):
         norm, weight, bias = (getattr(layers, field) for field in (f"{name}_norm", name, f"{name}_bias"))
         if norm is not None:  # it follows the matrix, and undoes what is done there
-            changed[f"{name}_norm"] = norm * by
+            changed[f"{name}_norm"] = norm * _last(by, norm)
             continue
         if isinstance(weight, QuantizedWeight):
             raise ConfigError("outliers are planted in unquantized weights", "model.quantized=false")
-        changed[name] = weight * np.tile(by, heads)
+        changed[name] = weight * _last(np.tile(by, heads), weight)
         if bias is not None:
-            changed[f"{name}_bias"] = bias * np.tile(by, heads)
+            changed[f"{name}_bias"] = bias * _last(np.tile(by, heads), bias)
     return dataclasses.replace(params, layers=dataclasses.replace(layers, **changed))
+
+
+def _last(by: np.ndarray, x: jax.Array) -> np.ndarray:
+    return by.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 @functools.cache

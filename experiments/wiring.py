@@ -94,9 +94,11 @@ class Loaded:
         ends = (self.tokenizer.eos_id, *self.end_ids)
         return tuple(i for i in (self.tokenizer.mask_id, self.tokenizer.pad_id) if i >= 0 and i not in ends)
 
-    def empty_cache(self, rows: int, capacity: int) -> Any:
+    def empty_cache(self, rows: int, capacity: int, settings: Decoding) -> Any:
         """The state before the first token of `rows` rows; a transformer's has room for `capacity` tokens."""
         if isinstance(self.model, Transformer):
+            if (tiers := settings.tiers) is not None:
+                return self.model.empty_tiered_cache(tiers, rows, capacity)
             return self.model.empty_cache(rows, capacity)
         return self.model.empty_cache(rows)
 
@@ -284,6 +286,8 @@ def finish_sampler(sampler: Sampler | Decoding, loaded: Loaded, note: Callable[[
 def _finish_decoding(settings: Decoding, loaded: Loaded) -> Decoding:
     """A published model's texts end at its end tokens; the rows of its table beyond the tokenizer's are never drawn."""
     tokenizer, known = loaded.tokenizer, {}
+    if settings.store != "none" and (not isinstance(loaded.model, Transformer) or loaded.model.window):
+        raise ConfigError(f"sampler.store={settings.store} is for transformers without a window", "sampler.store=none")
     if loaded.published and not settings.ends:
         known = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "end_ids": loaded.end_ids}
     if not settings.vocabulary and tokenizer.vocab_size < loaded.model.vocab_size:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from kernels_pallas.unmask import LOG_ZERO, draw_noise, unmask
 from ruvjax.core import logits as shape
+from ruvjax.core.tiered import KINDS, Tiers
 from ruvjax.errors import ConfigError
 
 Forward = Callable[[Any, jax.Array, Any, Any], tuple[Any, Any]]
@@ -32,6 +33,8 @@ class Decoding:
     eos_id: a row ends at this token, and `pad_id` fills what is left of it; -1: rows do not end. end_ids: further
     tokens that end a row. vocabulary: tokens from this one on are never drawn (the unused rows of a padded table); 0:
     off. cache: keep the model's state between tokens instead of reading everything again, where the model has one.
+    store: quantize what the cache holds of a transformer, but for the newest `tail` tokens ("int8", "int4",
+    "int4_rotated": `core.tiered`); "none": keep all as it is.
     """
 
     temperature: float = 1.0
@@ -44,8 +47,16 @@ class Decoding:
     end_ids: tuple[int, ...] = ()
     vocabulary: int = 0
     cache: bool = True
+    store: str = "none"
+    tail: int = 128
 
     def __post_init__(self):
+        if self.store not in ("none", *KINDS):
+            raise ConfigError(f"sampler.store={self.store!r} is not known", f"one of none, {', '.join(KINDS)}")
+        if self.store != "none" and not self.cache:
+            raise ConfigError(f"sampler.store={self.store} needs a cache", "sampler.cache=true")
+        if not isinstance(self.tail, int) or isinstance(self.tail, bool) or self.tail < 1:
+            raise ConfigError(f"sampler.tail={self.tail!r} must be a whole number of at least 1")
         for name in ("top_k", "eos_id", "pad_id", "vocabulary"):
             value = getattr(self, name)
             least = -1 if name == "eos_id" else 0
@@ -67,6 +78,11 @@ class Decoding:
             raise ConfigError(f"sampler.cache={self.cache!r} must be true or false")
         if any(not isinstance(end, int) or isinstance(end, bool) or end < 0 for end in self.end_ids):
             raise ConfigError(f"sampler.end_ids={self.end_ids!r} must be tokens", "such as sampler.end_ids=[2]")
+
+    @property
+    def tiers(self) -> Tiers | None:
+        """How the cache is split, None for a plain one."""
+        return None if self.store == "none" else Tiers(self.store, self.tail)
 
     @property
     def ends(self) -> tuple[int, ...]:

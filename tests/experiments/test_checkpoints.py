@@ -144,6 +144,8 @@ def test_a_checkpoint_is_sampled_from_the_command_line(folder, workplace, capsys
         save_gguf("m.gguf", model, params, kind, folder / "tokenizer" / "tokenizer.json", tokens=tokens)
         metrics(capsys, sampled("model.path=m.gguf", "sample.prompt=ab", "sample.length=12", *extra))
         assert records()[-1]["texts"] == ["abxyzxyzxyz"]
+    metrics(capsys, sampled(path, "sample.prompt=ab", "sample.length=90", "sampler.store=int4", "sampler.tail=4"))
+    assert records()[-1]["texts"] == ["ab" + ("xyz" * 30)[:87]]
 
 
 @pytest.mark.parametrize("stop, shown", [([], []), (["sample.stop=[zxyz]"], ["abxy"])])
