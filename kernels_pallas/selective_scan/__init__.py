@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.dispatch import Body, dispatch
-from kernels_pallas.selective_scan import gpu, reference, ssd, tpu, xla
+from kernels_pallas.selective_scan import cpu, gpu, reference, ssd, tpu, xla
 
 __all__ = ["selective_scan", "state_space_dual"]
 
@@ -79,6 +79,8 @@ def _bodies(name, x, delta, b, c):
 
 def _scan_fwd(impl, x, delta, a, b, c, d, initial, reset):
     bodies = _bodies("forward", x, delta, b, c)
+    if impl in (None, "xla") and cpu.runs(a.dtype, a.shape[0]):
+        bodies["xla"] = Body(cpu.forward)
     y, final, starts = dispatch("selective_scan", impl, bodies, x, delta, a, b, c, d, initial, reset)
     return (y, final), (x, delta, a, b, c, d, reset, starts)
 
