@@ -33,8 +33,9 @@ def selective_scan(
     by default; `reset`, bool [batch, length], zeroes the state before that position. A position with delta 0 leaves the
     state as it is.
     Returns y in the shape and dtype of x and the state after the last position in float32 (float64 for float64 inputs);
-    both are differentiable, and so is `initial`. Raises ValueError where the shapes do not fit,
-    `kernels_pallas.dispatch.ImplError` for an `impl` that is not there.
+    both are differentiable, and so is `initial`. With `impl` None or "xla" the forward pass is C++ on a CPU with a
+    compiler. Raises ValueError where the shapes do not fit, `kernels_pallas.dispatch.ImplError` for an `impl` that is
+    not there.
     """
     batch, length, width = x.shape
     state = a.shape[-1]
