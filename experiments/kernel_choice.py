@@ -17,6 +17,7 @@ from kernels_pallas.selective_scan import selective_scan, state_space_dual
 from kernels_pallas.unmask import draw_noise, masked_cross_entropy, unmask
 
 NATIVE = "xla by C++"
+NOT_NATIVE = ("state_space_dual",)  # it shares its folder with an op that has a C++ kernel
 DEVICES = {"pallas_gpu": ("cuda", "GPU"), "pallas_tpu": ("tpu", "TPU")}
 
 
@@ -79,7 +80,7 @@ def describe(folder: str, call: Callable[[], Any], asked: str = "") -> str:
     decision = decisions[0]  # an op inside another comes after it
     taken = next(iter(decision.taken.values()))
     reasons = [f"asked for by kernels.{folder}"] if asked else []
-    if taken == "xla":
+    if taken == "xla" and decision.op not in NOT_NATIVE:
         taken, more = _native(folder)
         reasons += more
     if taken in DEVICES and not asked:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.dispatch import Body, dispatch
-from kernels_pallas.selective_scan import gpu, reference, ssd, tpu, xla
+from kernels_pallas.selective_scan import cpu, gpu, reference, ssd, tpu, xla
 
 __all__ = ["selective_scan", "state_space_dual"]
 
@@ -33,8 +33,9 @@ def selective_scan(
     by default; `reset`, bool [batch, length], zeroes the state before that position. A position with delta 0 leaves the
     state as it is.
     Returns y in the shape and dtype of x and the state after the last position in float32 (float64 for float64 inputs);
-    both are differentiable, and so is `initial`. Raises ValueError where the shapes do not fit,
-    `kernels_pallas.dispatch.ImplError` for an `impl` that is not there.
+    both are differentiable, and so is `initial`. With `impl` None or "xla" the forward pass is C++ on a CPU with a
+    compiler. Raises ValueError where the shapes do not fit, `kernels_pallas.dispatch.ImplError` for an `impl` that is
+    not there.
     """
     batch, length, width = x.shape
     state = a.shape[-1]
@@ -79,6 +80,8 @@ def _bodies(name, x, delta, b, c):
 
 def _scan_fwd(impl, x, delta, a, b, c, d, initial, reset):
     bodies = _bodies("forward", x, delta, b, c)
+    if impl in (None, "xla") and cpu.runs(a.dtype, a.shape[0]):
+        bodies["xla"] = Body(cpu.forward)
     y, final, starts = dispatch("selective_scan", impl, bodies, x, delta, a, b, c, d, initial, reset)
     return (y, final), (x, delta, a, b, c, d, reset, starts)
 

@@ -23,11 +23,14 @@ def test_every_op_has_a_line():
 
 def test_the_native_kernel_is_named_or_the_reason_why_not(monkeypatch):
     monkeypatch.setattr(native, "unavailable", lambda source, targets: "")
-    assert dict(kernel_rows(None))["attention"].startswith("xla by C++: compiled for this processor")
+    rows = dict(kernel_rows(None))
+    for name in ("attention", "quant_matmul", "selective_scan"):
+        assert rows[name].startswith("xla by C++: compiled for this processor")
+    assert rows["state_space_dual"].startswith("xla: ")
     monkeypatch.undo()
     monkeypatch.setenv("RUVJAX_NATIVE", "0")
     rows = dict(kernel_rows(None))
-    for name in ("attention", "quant_matmul"):
+    for name in ("attention", "quant_matmul", "selective_scan"):
         assert rows[name].startswith("xla: no C++ kernel: switched off by RUVJAX_NATIVE=0")
 
 

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kernels_pallas import native
 from kernels_pallas.dispatch import ImplError
-from kernels_pallas.selective_scan import chunk, selective_scan, ssd, state_space_dual
+from kernels_pallas.selective_scan import chunk, cpu, selective_scan, ssd, state_space_dual, xla
 
+missing = native.unavailable(cpu.SOURCE, cpu.TARGETS)
+needs_compiler = pytest.mark.skipif(bool(missing), reason=f"no native scan: {missing}")
 WIDTH, STATE, HEADS, DIM, GROUPS = 6, 3, 4, 2, 2
 
 
@@ -72,9 +76,10 @@ def gradients(op, inputs, reset, weights, impl):
     return jax.grad(loss, argnums=tuple(range(7)))(*inputs)
 
 
-@pytest.fixture
-def cut(monkeypatch):
-    """Small chunks, so that short rows cross many of their borders."""
+@pytest.fixture(params=["1", "0"])
+def cut(monkeypatch, request):
+    """Small chunks, so that short rows cross many borders; the native kernel, or the XLA form in its place."""
+    monkeypatch.setenv("RUVJAX_NATIVE", request.param)
     monkeypatch.setattr(chunk, "CHUNK", 4)
     monkeypatch.setattr(ssd, "CHUNK", 4)
     jax.clear_caches()
@@ -156,13 +161,9 @@ def test_a_step_of_size_zero_changes_no_state(dual):
 @settings(max_examples=8)  # each shape compiles anew
 @given(st.integers(0, 3), st.integers(0, 70), st.integers(1, 5), st.integers(1, 4), st.booleans(), st.integers(0, 999))
 def test_any_shape_agrees_with_the_reference(batch, length, width, state, resets, seed):
-    rng = np.random.default_rng(seed)
-    x, delta = rng.normal(size=(batch, length, width)), np.exp(rng.normal(size=(batch, length, width)) - 1)
-    a, (b, c) = -np.exp(rng.normal(size=(width, state))), rng.normal(size=(2, batch, length, state))
-    operands = (x, delta, a, b, c, rng.normal(size=width), rng.normal(size=(batch, width, state)))
-    operands = tuple(jnp.asarray(value, jnp.float32) for value in operands)
-    reset = jnp.asarray(rng.random((batch, length)) < 0.1) if resets else None
-    got, expected = (run(selective_scan, *operands, reset, impl) for impl in (None, "reference"))
+    operands, initial, reset = drawn(batch, length, width, state, seed)
+    reset = reset if resets else None
+    got, expected = (run(selective_scan, *operands, initial, reset, impl) for impl in (None, "reference"))
     for one, other in zip(got, expected):
         assert one.shape == other.shape
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
@@ -176,6 +177,146 @@ def test_bfloat16_inputs_are_scanned_in_float32():
     assert y.dtype == jnp.bfloat16 and final.dtype == jnp.float32
     np.testing.assert_allclose(final, expected, atol=1e-5)
     np.testing.assert_allclose(y.astype(jnp.float32), wide, rtol=1e-2, atol=1e-2)
+
+
+def drawn(batch, length, width, state, seed=0):
+    """Operands of the scan without an initial state, that state, and resets; all in float32."""
+    rng = np.random.default_rng(seed)
+    x, steps = rng.normal(size=(batch, length, width)), np.exp(rng.normal(size=(batch, length, width)) - 1)
+    a, (b, c) = -np.exp(rng.normal(size=(width, state))), rng.normal(size=(2, batch, length, state))
+    operands = (x, steps, a, b, c, rng.normal(size=width), rng.normal(size=(batch, width, state)))
+    *operands, initial = (jnp.asarray(value, jnp.float32) for value in operands)
+    return operands, initial, jnp.asarray(rng.random((batch, length)) < 0.1)
+
+
+def text_of(scan, *operands):
+    return jax.jit(scan).lower(*operands).as_text()
+
+
+@needs_compiler
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "length", "width", "state"), [(1, 70, 32, 16), (2, 33, 37, 5), (3, 2, 101, 1), (1, 64, 16, 128)]
+)
+def test_the_native_kernel_is_the_reference_forward_and_backward(batch, length, width, state, resets):
+    operands, initial, reset = drawn(batch, length, width, state)
+    reset = reset if resets else None
+    assert cpu.TARGETS[0] in text_of(lambda *z: selective_scan(*z, initial=initial, reset=reset), *operands)
+    rng = np.random.default_rng(1)
+    weights = tuple(jnp.asarray(rng.normal(size=z.shape), jnp.float32) for z in (operands[0], initial))
+    for got, expected in [
+        [run(selective_scan, *operands, initial, reset, impl) for impl in (None, "reference")],
+        [gradients(selective_scan, (*operands, initial), reset, weights, impl) for impl in (None, "reference")],
+    ]:
+        for one, other in zip(got, expected, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5 * max(1, float(jnp.abs(other).max())))
+
+
+@needs_compiler
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_native_kernel_saves_the_states_that_the_xla_form_saves(batch):
+    operands, initial, reset = drawn(batch, 70, 21, 3)
+    x, delta, a, b, c, d = operands
+    operands = (x, delta, a.T, b, c, d, initial.swapaxes(1, 2), reset)
+    got, expected = cpu.forward(*operands), jax.jit(xla.forward)(*operands)
+    assert got[2].shape == (3, batch, 3, 21)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+@needs_compiler
+def test_the_native_exponential_is_exact_to_the_last_places():
+    """One state a channel and one position (of two, the second leaves the state): final = exp(a) h."""
+    rng = np.random.default_rng(0)
+    spread = np.concatenate([rng.uniform(-85, 88, 3000), rng.uniform(-1, 1, 3000), rng.uniform(-1e-4, 1e-4, 95)])
+    a = np.concatenate([spread, [0, -np.inf, np.inf, np.nan, 200, -200]]).astype(np.float32)
+    steps = np.stack([np.ones_like(a), np.zeros_like(a)])[None]
+    steps[0, 1, -6:] = 1  # 0 times an infinity is NaN: these decay twice
+    nothing, zeros = jnp.zeros((1, 2, 1)), jnp.zeros((1, 2, a.size))
+    operands = (zeros, jnp.asarray(steps), jnp.asarray(a)[:, None], nothing, nothing, zeros[0, 0])
+    _, final = run(selective_scan, *operands, jnp.ones((1, a.size, 1)), None, None)
+    assert cpu.TARGETS[0] in text_of(lambda *z: selective_scan(*z), *operands)
+    got, wide = np.asarray(final)[0, :, 0], a.astype(np.float64)
+    np.testing.assert_array_equal(got[-6:], [1, 0, np.inf, np.nan, np.inf, 0])
+    expected = np.exp(wide[:-6])
+    ulp = np.abs(got[:-6] - expected) / np.spacing(expected.astype(np.float32))
+    assert ulp.max() < 1.5
+
+
+@needs_compiler
+def test_a_reset_cuts_off_what_is_not_finite():
+    (x, delta, a, b, c, d), initial, _ = drawn(1, 5, 33, 4)
+    cut_at_two = jnp.arange(5)[None] == 2
+    clean, final = selective_scan(x, delta, a, b, c, d, reset=cut_at_two)
+    spoiled, other = selective_scan(x, delta, a, b, c, d, initial=jnp.full_like(initial, jnp.nan), reset=cut_at_two)
+    assert jnp.isnan(spoiled[:, :2]).all()
+    np.testing.assert_array_equal(spoiled[:, 2:], clean[:, 2:])
+    np.testing.assert_array_equal(other, final)
+
+
+@needs_compiler
+def test_vmap_runs_the_native_kernel():
+    operands, initial, reset = drawn(6, 9, 20, 3)
+    expected = run(selective_scan, *operands, initial, reset, "reference")
+    x, delta, a, b, c, d = operands
+    rows = [value.reshape(3, 2, *value.shape[1:]) for value in (x, delta, b, c, initial, reset)]
+
+    def scan(x, delta, b, c, initial, reset):
+        return selective_scan(x, delta, a, b, c, d, initial=initial, reset=reset)
+
+    assert cpu.TARGETS[0] in text_of(jax.vmap(scan), *rows)
+    for one, other in zip(jax.vmap(scan)(*rows), expected, strict=True):
+        np.testing.assert_allclose(one.reshape(other.shape), other, atol=2e-5)
+    got = jax.vmap(lambda a, d: selective_scan(x, delta, a, b, c, d))(jnp.stack([a, 2 * a]), jnp.stack([d, 2 * d]))
+    twice = run(selective_scan, x, delta, 2 * a, b, c, 2 * d, None, None, "reference")
+    for one, other in zip(got, twice, strict=True):
+        np.testing.assert_allclose(one[1], other, atol=2e-5)
+
+
+@needs_compiler
+def test_the_native_kernel_takes_float32_and_bfloat16_on_one_device():
+    operands, _, _ = drawn(2, 9, 20, 3)
+
+    def native_runs(*operands):
+        return cpu.TARGETS[0] in text_of(lambda *z: selective_scan(*z), *operands)
+
+    assert native_runs(*operands)
+    assert native_runs(*(z.astype(jnp.bfloat16) for z in operands))
+    x, delta, a, b, c, d = operands
+    many = [jnp.repeat(z, 64, axis=-1) for z in (a, b, c)]
+    assert not native_runs(x, delta, *many, d)  # more states than it takes
+    with jax.enable_x64():
+        assert not native_runs(*(z.astype(jnp.float64) for z in operands))
+    split = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data"))
+    whole = NamedSharding(split.mesh, PartitionSpec())
+    apart = [jax.device_put(z, split if z.ndim == 3 else whole) for z in operands]
+    assert not native_runs(*apart)
+    for one, other in zip(jax.jit(selective_scan)(*apart), selective_scan(*operands), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+    def on_shares(*operands):
+        specs = tuple(PartitionSpec("data") if z.ndim == 3 else PartitionSpec() for z in operands)
+        scan = jax.shard_map(
+            selective_scan, mesh=split.mesh, in_specs=specs, out_specs=PartitionSpec("data"), check_vma=False
+        )
+        return scan(*operands)
+
+    assert cpu.TARGETS[0] in text_of(on_shares, *apart)
+    for one, other in zip(jax.jit(on_shares)(*apart), selective_scan(*operands), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_switched_off_the_xla_form_runs(monkeypatch):
+    operands, initial, reset = drawn(2, 9, 20, 3)
+    monkeypatch.setenv("RUVJAX_NATIVE", "0")
+
+    @jax.jit
+    def scan(*operands):
+        return selective_scan(*operands, initial=initial, reset=reset)
+
+    assert cpu.TARGETS[0] not in scan.lower(*operands).as_text()
+    for one, other in zip(scan(*operands), run(selective_scan, *operands, initial, reset, "reference"), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 def test_the_backward_pass_keeps_no_states():
