@@ -7,7 +7,7 @@ model's, in nats a token, the change of perplexity, and how often both hold the 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import escape
 from typing import Any, NamedTuple
 
@@ -17,8 +17,9 @@ import numpy as np
 
 from experiments.wiring import Loaded
 from kernels_pallas.attention import Mask
-from kernels_pallas.quant_matmul import QuantizedWeight
+from kernels_pallas.quant_matmul import KINDS, QuantizedWeight
 from ruvjax.api.ruvllm_kv import CacheQuantization, KvCacheConfig, TwoTierKvCache
+from ruvjax.core import tiered
 from ruvjax.core.tiered import Tiers
 from ruvjax.data.pack import Packed
 from ruvjax.errors import ConfigError, InputError
@@ -26,8 +27,8 @@ from ruvjax.io.quantize import quantize_params
 from ruvjax.models.transformer import Transformer, TransformerParams
 
 CHUNK = 32  # tokens that a cache reads in one pass: what is quantized was so before them
+STORES = tiered.KINDS
 TAILS = (64, 128, 256)
-STORES = ("int8", "int4", "int4_rotated")
 LENGTHS = (1024, 4096, 16384)
 OUTLIER = 64.0  # the planted channels of the keys are so many times as large
 
@@ -45,40 +46,45 @@ class Cost(NamedTuple):
     bits: float | None = None
 
 
+Form = Callable[[Any, jax.Array], jax.Array]  # (params, rows) -> logits
+
+
 def check(loaded: Loaded) -> Transformer:
     """Raises ConfigError for a model whose quantization is not written."""
     model = loaded.model
     if not isinstance(model, Transformer) or not loaded.autoregressive or model.window:
         raise ConfigError("quality=true is for autoregressive transformers without a window", "quality=false")
+    if any(isinstance(x, QuantizedWeight) for x in jax.tree.leaves(loaded.params, is_leaf=_is_quantized)):
+        raise ConfigError("quality=true compares with unquantized weights", "model.quantized=false")
     return model
 
 
-def table(loaded: Loaded, packed: Packed, batch: int) -> Iterator[Cost]:
+def table(loaded: Loaded, packed: Packed, count: int) -> Iterator[Cost]:
     """The lines, one after the other as they are measured; the first is the model as it is.
 
-    `packed` holds rows of at least 1.5 times the longest tail. Raises ConfigError as `check` does, InputError for rows
-    that are too short.
+    `packed` holds rows of at least 1.5 times the longest tail, of which `count` full ones are read. Raises ConfigError
+    as `check` does, InputError for rows that are too short.
     """
     model = check(loaded)
-    rows = packed.tokens[(packed.segments != 0).all(axis=1)][:batch]
-    if packed.length < 1.5 * max(TAILS) or not len(rows):
-        raise InputError(
-            f"quality=true needs full rows of at least {3 * max(TAILS) // 2} tokens, not {packed.length}", "set length="
-        )
-    rows = jnp.asarray(rows[:, : packed.length // CHUNK * CHUNK])
-    base = _plain(model)(loaded.params, rows)
-    yield _cost("as it is", base, base, rows)
-    for kind in ("Q8_0", "Q4_0", "Q4_K"):
+    least = 3 * max(TAILS) // 2
+    if packed.length < least:
+        raise InputError(f"quality=true needs rows of at least {least} tokens, not {packed.length}", "set length=")
+    rows = packed.tokens[(packed.segments != 0).all(axis=1)][:count, : packed.length // CHUNK * CHUNK]
+    if not len(rows):
+        raise InputError(f"quality=true needs a text that fills a row of {packed.length} tokens", "lower length=")
+    plain = _plain(model, loaded.attention)
+    cost = functools.partial(_cost, functools.partial(plain, loaded.params), rows)
+    yield cost("as it is", plain, loaded.params)
+    for kind in KINDS:
         params, kinds = quantize_params(model, loaded.params, kind, "the model")
-        yield _cost(f"weights {kind} ({kinds})", base, _plain(model)(params, rows), rows, _bits(params))
+        yield cost(f"weights {kind} ({kinds})", plain, params)._replace(bits=_bits(params))
     for planted, params in (("", loaded.params), (", planted outliers", plant(model, loaded.params))):
         for tail in TAILS:
             for store in STORES:
                 for scales in ("channel", "token") if store == "int4" else ("channel",):
-                    settings = Tiers(store, tail, key_scales=scales)
-                    got = _cached(model, settings)(params, rows)
+                    form = _cached(model, Tiers(store, tail, key_scales=scales))
                     other = ", keys by token" if scales == "token" else ""
-                    yield _cost(f"cache {store}{other}, tail {tail}{planted}", base, got, rows)
+                    yield cost(f"cache {store}{other}, tail {tail}{planted}", form, params)
 
 
 def line(cost: Cost) -> str:
@@ -133,8 +139,6 @@ def plant(model: Transformer, params: TransformerParams) -> TransformerParams:
         if norm is not None:  # it follows the matrix, and undoes what is done there
             changed[f"{name}_norm"] = norm * _last(by, norm)
             continue
-        if isinstance(weight, QuantizedWeight):
-            raise ConfigError("outliers are planted in unquantized weights", "model.quantized=false")
         changed[name] = weight * _last(np.tile(by, heads), weight)
         if bias is not None:
             changed[f"{name}_bias"] = bias * _last(np.tile(by, heads), bias)
@@ -146,8 +150,8 @@ def _last(by: np.ndarray, x: jax.Array) -> np.ndarray:
 
 
 @functools.cache
-def _plain(model: Transformer):
-    return jax.jit(lambda params, rows: model.apply(params, rows, mask=Mask(causal=True)).logits)
+def _plain(model: Transformer, attention: str | None):
+    return jax.jit(lambda params, rows: model.apply(params, rows, mask=Mask(causal=True), impl=attention).logits)
 
 
 @functools.cache
@@ -172,23 +176,28 @@ def _cached(model: Transformer, settings: Tiers):
 
 @jax.jit
 def _compare(base, got, rows):
-    """(KL, nats, agreement) of every row, over all tokens but the first."""
+    """(KL, nats, nats of the base, agreement) of every row, over all tokens but the first."""
     p, q = (jax.nn.log_softmax(x[:, :-1]) for x in (base, got))
     kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1).mean(axis=1)
-    nats = -jnp.take_along_axis(q, rows[:, 1:, None], axis=-1)[..., 0].mean(axis=1)
-    return kl, nats, (p.argmax(-1) == q.argmax(-1)).mean(axis=1)
+    nats, plain = (-jnp.take_along_axis(x, rows[:, 1:, None], axis=-1)[..., 0].mean(axis=1) for x in (q, p))
+    return kl, nats, plain, (p.argmax(-1) == q.argmax(-1)).mean(axis=1)
 
 
-def _cost(name: str, base, got, rows, bits: float | None = None) -> Cost:
-    kl, nats, agreement = (np.asarray(x, np.float64) for x in _compare(base, got, rows))
-    plain = math.exp(np.asarray(_compare(base, base, rows)[1], np.float64).mean())
-    perplexity = math.exp(nats.mean())
+def _cost(base: Callable[[jax.Array], jax.Array], rows: np.ndarray, name: str, form: Form, params: Any) -> Cost:
+    """Row by row: the logits of all would not fit where vocabularies are large."""
+    found = [_compare(base(row), form(params, row), row) for row in jnp.asarray(rows)[:, None]]
+    kl, nats, plain, agreement = (np.asarray(x, np.float64).reshape(-1) for x in zip(*found))
+    perplexity, before = math.exp(nats.mean()), math.exp(plain.mean())
     error = 1.96 * kl.std(ddof=1) / math.sqrt(len(kl)) if len(kl) > 1 else math.nan
-    return Cost(name, float(kl.mean()), error, perplexity, perplexity / plain - 1, float(agreement.mean()), bits)
+    return Cost(name, float(kl.mean()), error, perplexity, perplexity / before - 1, float(agreement.mean()))
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, QuantizedWeight)
 
 
 def _bits(params: Any) -> float:
     """Bits a weight of the quantized matrices, tables included."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QuantizedWeight))
+    leaves = jax.tree.leaves(params, is_leaf=_is_quantized)
     held = [x for x in leaves if isinstance(x, QuantizedWeight)]
     return 8 * sum(x.nbytes for x in held) / sum(math.prod(x.shape) for x in held)

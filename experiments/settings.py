@@ -155,7 +155,15 @@ class Train:
                 "objective and sampler do not go together",
                 "objective=next_token with sampler=left_to_right; every other objective with every other sampler",
             )
+        check_store(self.sampler, self.model)
         check_accumulation(self.pipeline.batch, self.trainer)
+
+
+def check_store(sampler: Sampler | Decoding, model: Transformer | Mamba | Mamba2) -> None:
+    """Raise ConfigError for a quantized cache that the model cannot have."""
+    quantized = isinstance(sampler, Decoding) and sampler.store != "none"
+    if quantized and (not isinstance(model, Transformer) or model.window):
+        raise ConfigError(f"sampler.store={sampler.store} is for transformers without a window", "sampler.store=none")
 
 
 @dataclass(frozen=True)

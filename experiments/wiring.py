@@ -15,7 +15,7 @@ import jax
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
-from experiments.settings import EXPORT, ModelPath, Train, block_size
+from experiments.settings import EXPORT, ModelPath, Train, block_size, check_store
 from kernels_pallas.attention import Mask as AttentionMask
 from ruvjax.core.backend import devices, initialise_distributed, require
 from ruvjax.core.model import Output
@@ -286,8 +286,7 @@ def finish_sampler(sampler: Sampler | Decoding, loaded: Loaded, note: Callable[[
 def _finish_decoding(settings: Decoding, loaded: Loaded) -> Decoding:
     """A published model's texts end at its end tokens; the rows of its table beyond the tokenizer's are never drawn."""
     tokenizer, known = loaded.tokenizer, {}
-    if settings.store != "none" and (not isinstance(loaded.model, Transformer) or loaded.model.window):
-        raise ConfigError(f"sampler.store={settings.store} is for transformers without a window", "sampler.store=none")
+    check_store(settings, loaded.model)
     if loaded.published and not settings.ends:
         known = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "end_ids": loaded.end_ids}
     if not settings.vocabulary and tokenizer.vocab_size < loaded.model.vocab_size:

@@ -41,7 +41,7 @@ def where_whole(
         cotangents = [x for x in jax.tree.leaves(cotangents) if x.dtype != jax.dtypes.float0]
         own, other = (partial(_pull, _flat(form, tree), smooth) for form in (kernel, fallback))
         gradients: list[Any] = [None] * len(leaves)  # of integers there is none
-        pulled = where_whole(pulls[0], pulls[1], passed_over)(leaves, cotangents)
+        pulled = where_whole(own, other, passed_over)(leaves, cotangents)
         for number, gradient in zip(smooth, pulled):
             gradients[number] = gradient
         return tuple(jax.tree.unflatten(tree, gradients))

@@ -2,6 +2,7 @@
 hand. It saves the same states before the chunks, so that the backward pass is the XLA body's."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import native
-from kernels_pallas.dispatch import log_fallback, platforms
+from kernels_pallas.dispatch import SPLIT, log_fallback, platforms
 from kernels_pallas.selective_scan import chunk, xla
 from kernels_pallas.whole import where_whole
 
@@ -55,4 +56,5 @@ def _native(x, delta, a, b, c, d, initial, reset):
 
 
 # The contract of `xla.forward`, which runs where XLA's partitioner splits the arrays.
-forward = jax.jit(where_whole(_native, xla.forward, lambda: None), inline=True)
+_passed_over = partial(log_fallback, "selective_scan", "the native CPU kernel", SPLIT)
+forward = jax.jit(where_whole(_native, xla.forward, _passed_over), inline=True)

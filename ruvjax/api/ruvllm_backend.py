@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from ruvjax import errors
 from ruvjax.api.ruvllm_errors import RuvLLMError
-from ruvjax.api.ruvllm_kv import CacheQuantization, KvCacheConfig
+from ruvjax.api.ruvllm_kv import KvCacheConfig
 from ruvjax.api.ruvllm_precision import Precision
 from ruvjax.api.ruvllm_types import DeviceType, GenerateParams, MemoryStats, ModelConfig, ModelInfo, ModelSize
 from ruvjax.core import backend
@@ -28,7 +27,7 @@ from ruvjax.core.params import count, unstack
 from ruvjax.core.tiered import Tiers
 from ruvjax.data.tokenize import Tokenizer, load_tokenizer
 from ruvjax.decoding.autoregressive import Decoding
-from ruvjax.decoding.batching import Request, stream
+from ruvjax.decoding.batching import Request, Token, stream
 from ruvjax.decoding.text import Held, Pieces, add, rest, until
 from ruvjax.io.gguf import open_gguf
 from ruvjax.io.gguf_tokenizer import extract_tokenizer
@@ -39,11 +38,6 @@ from ruvjax.models.causal import LanguageModel, forward_left_of
 from ruvjax.models.transformer import Transformer
 
 CHUNK = 64  # tokens of a prompt that are read in one pass
-_STORES = {
-    CacheQuantization.INT8: "int8",
-    CacheQuantization.INT4: "int4",
-    CacheQuantization.INT4_ROTATED: "int4_rotated",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,18 +53,25 @@ class _Model:
     start_id: int
     tiers: Tiers | None
 
+    @property
+    def never_drawn(self) -> tuple[int, ...]:
+        """Tokens that no text holds: the mask, and the padding where that is not an end token as well."""
+        return tuple(i for i in (self.tokenizer.mask_id, self.tokenizer.pad_id) if i >= 0 and i not in self.ends)
+
     def empty_cache(self, rows: int, capacity: int) -> Any:
         if not isinstance(self.network, Transformer):
             return self.network.empty_cache(rows)
         if self.tiers is None:
             return self.network.empty_cache(rows, capacity)
-        return self.network.empty_tiered_cache(self.tiers, rows, capacity, chunk=CHUNK)
+        kept = self.config.kv_cache_config
+        dtype = "" if kept is None else kept.tail_dtype
+        return self.network.empty_tiered_cache(self.tiers, rows, capacity, chunk=CHUNK, dtype=dtype)
 
 
 class JaxBackend:
-    """One model on one device. `generate` may be called from one thread at a time.
+    """One model on one device, for one thread at a time.
 
-    The only state is the loaded model and the size of the last cache; a failing `load_model` leaves both as they were.
+    The only state is the loaded model and the size of the last caches; a failing `load_model` leaves both as they were.
     """
 
     def __init__(self, device: DeviceType = DeviceType.Best):
@@ -172,7 +173,7 @@ class JaxBackend:
         if room < 1:
             raise RuvLLMError.InvalidOperation(
                 f"the prompt has {len(tokens)} tokens, the context {model.info.max_context}",
-                "shorten it, or load the model with a larger max_context",
+                "shorten it, or load the model with a larger max_context (and kv_cache_config.max_tokens)",
             )
         request = Request(tokens, min(params.max_tokens, room))
         seed = int.from_bytes(os.urandom(8)) if params.seed is None else params.seed
@@ -181,33 +182,39 @@ class JaxBackend:
 
         def empty(rows: int) -> Any:
             cache = model.empty_cache(rows, capacity)
-            self._cache_bytes = sum(x.nbytes for x in jax.tree.leaves(cache))
+            self._cache_bytes += sum(x.nbytes for x in jax.tree.leaves(cache))
             return cache
 
+        self._cache_bytes = 0
+        told = stream(
+            _decoding(params, model),
+            forward_left_of(model.network),
+            model.params,
+            [request],
+            jax.random.fold_in(jax.random.key(seed & 0xFFFFFFFF), seed >> 32),  # a key takes 32 bits
+            empty=empty,
+            vocabulary=model.network.vocab_size,
+            slots=1,
+            chunk=CHUNK,
+            suppressed=model.never_drawn,
+        )
         decode, said, held = model.tokenizer.decode, Pieces(), Held()
-        with _memory(), _as(RuvLLMError.Generation), jax.default_device(self._device):
-            told = stream(
-                _decoding(params, model),
-                forward_left_of(model.network, None if model.config.use_flash_attention else "xla"),
-                model.params,
-                [request],
-                jax.random.key(np.uint64(seed)),
-                empty=empty,
-                vocabulary=model.network.vocab_size,
-                slots=1,
-                chunk=CHUNK,
-                suppressed=tuple(i for i in (model.tokenizer.mask_id,) if i >= 0),
-            )
-            for _, token, _ in told:
-                said, text = add(decode, said, token)
-                held, text = until(params.stop_sequences, held, text)
-                if text:
-                    yield text
-                if held.stopped:
-                    return
+        while (token := self._next(told)) is not None:
+            said, text = add(decode, said, token)
+            held, text = until(params.stop_sequences, held, text)
+            if text:
+                yield text
+            if held.stopped:
+                return
         held, text = until(params.stop_sequences, held, rest(decode, said))
         if last := text + ("" if held.stopped else held.text):
             yield last
+
+    def _next(self, told: Generator[Token, bool | None, Any]) -> int | None:
+        """The next token. The device is the default only meanwhile: what a callback computes is its own affair."""
+        with _memory(), _as(RuvLLMError.Generation), jax.default_device(self._device):
+            found = next(told, None)
+            return None if found is None else found.token
 
 
 CandleBackend = JaxBackend
@@ -257,8 +264,13 @@ def _read(model_id: str | os.PathLike[str], config: ModelConfig, device: jax.Dev
             if not isinstance(network, Transformer):
                 raise RuvLLMError.Config(f"{path}: a Mamba is not quantized", "quantization=Precision.BF16")
             params, weights = quantize_params(network, params, wanted.value, str(path))
-        if config.kv_cache_config is not None and not isinstance(network, Transformer):
-            raise RuvLLMError.Config(f"{path}: a Mamba has no keys and values", "leave kv_cache_config out")
+        if config.kv_cache_config is not None:
+            if not isinstance(network, Transformer):
+                raise RuvLLMError.Config(f"{path}: a Mamba has no keys and values", "leave kv_cache_config out")
+            if network.window:
+                raise RuvLLMError.Config(
+                    f"{path}: attention within a window has no cache in two tiers", "leave kv_cache_config out"
+                )
     tokenizer = _tokenizer(path, files, is_file)
     if tokenizer.vocab_size > network.vocab_size:
         sizes = f"{tokenizer.vocab_size} entries, the model {network.vocab_size}"
@@ -287,7 +299,7 @@ def _read(model_id: str | os.PathLike[str], config: ModelConfig, device: jax.Dev
 def _tiers(config: KvCacheConfig | None) -> Tiers | None:
     if config is None:
         return None
-    return Tiers(_STORES[config.store], config.tail_length, config.migration_batch)
+    return Tiers(config.store.value, config.tail_length, config.migration_batch)
 
 
 def _tokenizer(path: Path, files: ModelFiles, is_file: bool) -> Tokenizer:

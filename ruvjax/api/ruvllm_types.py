@@ -67,10 +67,10 @@ class ModelConfig:
 
     max_context: tokens of prompt and answer together, at most what the model takes. quantization: what the matrices
     become; a GGUF file keeps those that are so already, rows that are no multiple of 256 take Q4_0 for Q4K, tables of
-    embeddings Q8_0 for all three. kv_cache_config: keys and values in two tiers, with the model's own heads and widths
-    whatever it says of them; None: all as the model made them. use_flash_attention: False takes the plain form of
-    attention where a pass has no cache; over a cache there is one form. device: the best there is. hf_token: for gated
-    models.
+    embeddings Q8_0 for all three. kv_cache_config: keys and values in two tiers, with the model's own heads and head
+    dimension whatever it says of them; a text ends at its max_tokens as at max_context. None: all as the model made
+    them. use_flash_attention: accepted, without effect: decoding reads a cache, and that has one form. device: the best
+    there is. hf_token: for gated models.
     """
 
     max_context: int = 4096
@@ -118,6 +118,20 @@ class GenerateParams:
         stops = self.stop_sequences
         if not isinstance(stops, tuple) or not all(isinstance(stop, str) and stop for stop in stops):
             raise RuvLLMError.Config(f"GenerateParams.stop_sequences={stops!r} must be texts of at least one character")
+        for name, low, high in (
+            ("temperature", 0.0, float("inf")),
+            ("top_p", 0.0, 1.0),
+            ("min_p", 0.0, 1.0),
+            ("repetition_penalty", 0.0, float("inf")),
+        ):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            positive = name in ("top_p", "repetition_penalty")
+            if not number or not low <= value <= high or value == float("inf") or (positive and value == 0):
+                raise RuvLLMError.Config(
+                    f"GenerateParams.{name}={value!r} is out of its range", "see its documentation"
+                )
+        _whole("GenerateParams.top_k", self.top_k, 0)
         if self.seed is not None:
             _whole("GenerateParams.seed", self.seed, 0)
             if self.seed >= 2**64:

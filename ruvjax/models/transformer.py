@@ -336,10 +336,13 @@ class Transformer:
         shape = (self.layers, batch, self.key_heads, capacity or self.max_length, self.dim_per_head)
         return empty_kv_cache(*shape, compute_dtype(self.dtype))
 
-    def empty_tiered_cache(self, settings: Tiers, batch: int, capacity: int = 0, *, chunk: int = 128) -> TieredCache:
-        """`empty_cache` with older tokens quantized: for causal models, read in chunks of at most `chunk` tokens."""
+    def empty_tiered_cache(
+        self, settings: Tiers, batch: int, capacity: int = 0, *, chunk: int = 128, dtype: str = ""
+    ) -> TieredCache:
+        """`empty_cache` with older tokens quantized: for causal models, read in chunks of at most `chunk` tokens; the
+        newest ones stay in `dtype`, by default that of the computation."""
         shape = (self.layers, batch, self.key_heads, capacity or self.max_length, self.dim_per_head)
-        return empty_tiered_cache(settings, *shape, compute_dtype(self.dtype), chunk)
+        return empty_tiered_cache(settings, *shape, compute_dtype(dtype or self.dtype), chunk)
 
     def _seen(self, mask: Mask | None) -> Mask:
         """`mask` within the model's own window."""

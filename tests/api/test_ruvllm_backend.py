@@ -1,5 +1,6 @@
 """The documented backend of RuvLLM: a small Llama that a test can foretell, from a folder and from a GGUF file."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from ruvjax.models.transformer import Transformer
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 TINY = Transformer(vocab_size=264, layers=2, width=32, heads=2, mlp_width=64, max_length=96, tied_head=False)
+AR = {"length": 96, "autoregressive": True}
 GREEDY = GenerateParams(max_tokens=12, temperature=0.0, top_p=1.0, repetition_penalty=1.0)
 
 
@@ -150,6 +152,8 @@ def test_seeds(tmp_path):
     assert backend.generate("ab", GenerateParams(max_tokens=12, temperature=1.0, seed=6)) != backend.generate("ab", ask)
     unseeded = GenerateParams(max_tokens=12, temperature=1.0)
     assert backend.generate("ab", unseeded) != backend.generate("ab", unseeded)
+    high = GenerateParams(max_tokens=12, temperature=1.0, seed=5 + 2**32)
+    assert backend.generate("ab", high) != backend.generate("ab", ask)
 
 
 @pytest.mark.parametrize("precision", list(Precision))
@@ -223,10 +227,11 @@ def test_bad_input(loaded, folder, tmp_path):
         loaded.generate("x" * 96, GREEDY)
     with pytest.raises(RuvLLMError.Generation, match="KeyError: 'no'"):
         loaded.generate_stream("x", GREEDY, lambda piece: {}["no"])
-    with pytest.raises(RuvLLMError.Config, match="temperature"):
-        loaded.generate("x", GenerateParams(temperature=-1.0))
     with pytest.raises(RuvLLMError.Backend):
         JaxBackend.with_device(DeviceType.Cuda(99))
+    for name, value in (("temperature", -1.0), ("top_p", 0.0), ("min_p", 2), ("repetition_penalty", 0), ("top_k", -1)):
+        with pytest.raises(RuvLLMError.Config, match=f"GenerateParams.{name}"):
+            GenerateParams(**{name: value})
     for wrong in ({"max_tokens": 0}, {"seed": -1}, {"stop_sequences": ("",)}, {"stop_sequences": "abc"}):
         with pytest.raises(RuvLLMError.Config):
             GenerateParams(**wrong)
@@ -235,6 +240,14 @@ def test_bad_input(loaded, folder, tmp_path):
             ModelConfig(**wrong)
     with pytest.raises(RuvLLMError.Config):
         DeviceType("gpu")
+
+
+def test_a_window_has_no_cache_in_two_tiers(tmp_path):
+    model = dataclasses.replace(TINY, window=16)
+    params = init(model, jax.random.key(0))
+    folder = save_model(tmp_path / "m", model, params, tokenizer_of_bytes(tmp_path / "t"), eos_token_id=1, diffusion=AR)
+    with pytest.raises(RuvLLMError.Config, match="window"):
+        JaxBackend().load_model(folder, ModelConfig(quantization=Precision.FP32, kv_cache_config=KvCacheConfig()))
 
 
 def test_logits_that_are_not_finite(tmp_path):
