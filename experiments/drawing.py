@@ -120,7 +120,7 @@ def left_to_right(loaded: Loaded, settings: Decoding, canvas: Canvas, key: jax.A
         key,
         start=int(positions[0]),
         start_id=-1 if loaded.published else loaded.start_id,
-        carry=loaded.empty_cache(*canvas.tokens.shape, settings) if settings.cache else None,
+        carry=loaded.empty_cache(canvas.tokens.shape[0], canvas.tokens.shape[1], settings) if settings.cache else None,
         suppressed=loaded.never_drawn,
         chunk=CHUNK,
     )

@@ -161,8 +161,9 @@ class Train:
 
 def check_store(sampler: Sampler | Decoding, model: Transformer | Mamba | Mamba2) -> None:
     """Raise ConfigError for a quantized cache that the model cannot have."""
-    quantized = isinstance(sampler, Decoding) and sampler.store != "none"
-    if quantized and (not isinstance(model, Transformer) or model.window):
+    if not isinstance(sampler, Decoding) or sampler.store == "none":
+        return
+    if not isinstance(model, Transformer) or model.window:
         raise ConfigError(f"sampler.store={sampler.store} is for transformers without a window", "sampler.store=none")
 
 
