@@ -133,6 +133,7 @@ def test_a_run_trains_exports_reports_and_is_evaluated(tmp_path, capsys):
         puzzles.evaluate(dataclasses.replace(evaluation, puzzles=nine), Launch("evaluate", {}, ()))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit(tmp_path):
     steady = ["optimizer.schedule=constant", "optimizer.warmup_steps=1"]  # the rates do not depend on the run's length
     job, launch = job_of(f"run.dir={tmp_path / 'whole'}", *steady)

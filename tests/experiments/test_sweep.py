@@ -39,6 +39,7 @@ def test_two_jobs_in_processes_of_their_own(tmp_path):
     assert len(pids) == 2 and os.getpid() not in pids
 
 
+@pytest.mark.slow
 def test_a_failing_job_does_not_stop_the_others_but_the_exit_code_tells(tmp_path):
     done = sweep(tmp_path, "backend=vulkan,auto", "data=text", "data.path=missing.txt")
     assert done.returncode == 1 and "Traceback" not in done.stderr
