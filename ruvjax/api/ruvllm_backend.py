@@ -19,7 +19,6 @@ import jax
 
 from ruvjax import errors
 from ruvjax.api.ruvllm_errors import RuvLLMError
-from ruvjax.api.ruvllm_kv import KvCacheConfig
 from ruvjax.api.ruvllm_precision import Precision
 from ruvjax.api.ruvllm_types import DeviceType, GenerateParams, MemoryStats, ModelConfig, ModelInfo, ModelSize
 from ruvjax.core import backend
@@ -51,7 +50,6 @@ class _Model:
     info: ModelInfo
     ends: tuple[int, ...]
     start_id: int
-    tiers: Tiers | None
 
     @property
     def never_drawn(self) -> tuple[int, ...]:
@@ -61,11 +59,10 @@ class _Model:
     def empty_cache(self, rows: int, capacity: int) -> Any:
         if not isinstance(self.network, Transformer):
             return self.network.empty_cache(rows)
-        if self.tiers is None:
+        if (kept := self.config.kv_cache_config) is None:
             return self.network.empty_cache(rows, capacity)
-        kept = self.config.kv_cache_config
-        dtype = "" if kept is None else kept.tail_dtype
-        return self.network.empty_tiered_cache(self.tiers, rows, capacity, chunk=CHUNK, dtype=dtype)
+        tiers = Tiers(kept.store.value, kept.tail_length, kept.migration_batch)
+        return self.network.empty_tiered_cache(tiers, rows, capacity, chunk=CHUNK, dtype=kept.tail_dtype)
 
 
 class JaxBackend:
@@ -293,13 +290,7 @@ def _read(model_id: str | os.PathLike[str], config: ModelConfig, device: jax.Dev
     ends = tuple(dict.fromkeys((*files.eos_token_ids, tokenizer.eos_id)))
     start = tokenizer.eos_id if ours else tokenizer.start_id
     params = unstack(params, network.layers)
-    return _Model(network, params, tokenizer, config, info, ends, start, _tiers(cache))
-
-
-def _tiers(config: KvCacheConfig | None) -> Tiers | None:
-    if config is None:
-        return None
-    return Tiers(config.store.value, config.tail_length, config.migration_batch)
+    return _Model(network, params, tokenizer, config, info, ends, start)
 
 
 def _tokenizer(path: Path, files: ModelFiles, is_file: bool) -> Tokenizer:
