@@ -19,6 +19,7 @@ import jax
 
 from ruvjax import errors
 from ruvjax.api.ruvllm_errors import RuvLLMError
+from ruvjax.api.ruvllm_hidden import forward_with_update, predicting
 from ruvjax.api.ruvllm_precision import Precision
 from ruvjax.api.ruvllm_types import DeviceType, GenerateParams, MemoryStats, ModelConfig, ModelInfo, ModelSize
 from ruvjax.core import backend
@@ -33,6 +34,8 @@ from ruvjax.io.gguf_tokenizer import extract_tokenizer
 from ruvjax.io.hub import download, model_path
 from ruvjax.io.huggingface import ModelFiles, load_model
 from ruvjax.io.quantize import quantize_params
+from ruvjax.lora.delta import Lora
+from ruvjax.lora.sona import Sample
 from ruvjax.models.causal import LanguageModel, forward_left_of
 from ruvjax.models.transformer import Transformer
 
@@ -74,6 +77,7 @@ class JaxBackend:
     def __init__(self, device: DeviceType = DeviceType.Best):
         self._device = _find(device)
         self._model: _Model | None = None
+        self._update: Lora | None = None
         self._cache_bytes = 0
 
     @classmethod
@@ -110,7 +114,7 @@ class JaxBackend:
         device = self._device if config.device == DeviceType.Best else _find(config.device)
         with _memory(), jax.default_device(device):
             self._model = _read(model_id, config, device)
-        self._device, self._cache_bytes = device, 0
+        self._device, self._cache_bytes, self._update = device, 0, None
 
     def generate(self, prompt: str, params: GenerateParams | None = None) -> str:
         """The text that follows `prompt`.
@@ -157,10 +161,50 @@ class JaxBackend:
         weights = 0 if self._model is None else self._model.info.memory_bytes
         return MemoryStats(weights, self._cache_bytes, told.get("bytes_in_use"), told.get("bytes_limit"))
 
-    def _pieces(self, prompt: str, params: GenerateParams) -> Generator[str, None, None]:
-        model = self._model
-        if model is None:
+    def attach(self, update: Lora | None) -> None:
+        """From now on texts are generated with `update` added to the last hidden states (None: with nothing added). A
+        model that is loaded later has none. Raises RuvLLMError.InvalidOperation, Adapter (of another width)."""
+        width = self._loaded().network.width
+        if update is not None and (update.a.ndim, update.a.shape[0], update.b.shape[-1]) != (2, width, width):
+            shapes = f"{update.a.shape} and {update.b.shape}"
+            raise RuvLLMError.Adapter(f"an update with factors {shapes} for a model of width {width}")
+        self._update = update
+
+    def read(self, request: str, response: str) -> Sample:
+        """The last hidden states from which the loaded model, without any update, predicts the tokens of `response`
+        after `request`: one row a token, padded to a power of two.
+
+        Raises RuvLLMError.InvalidOperation (no model, an empty response, more tokens than the context), Tokenization.
+        """
+        model = self._loaded()
+        with _as(RuvLLMError.Tokenization):
+            asked, said = model.tokenizer.encode(request), model.tokenizer.encode(response)
+        before = [model.start_id] * (model.start_id >= 0) + asked.tolist()
+        count, length = len(said), len(before) + len(said)
+        if not before or not count:
+            raise RuvLLMError.InvalidOperation("the request or the response has no tokens", "give both a text")
+        if length > model.info.max_context:
+            told = f"request and response have {length} tokens, the context {model.info.max_context}"
+            raise RuvLLMError.InvalidOperation(told, "shorten them, or load the model with a larger max_context")
+        with _memory():
+            return predicting(forward_left_of(model.network), model.params, before, said.tolist())
+
+    def readout(self) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
+        """The loaded model's head, (params, hidden states [*, width]) -> logits [*, vocabulary], and its params."""
+        model = self._loaded()
+        return model.network.head, model.params
+
+    def width(self) -> int:
+        """The width of the loaded model's hidden states."""
+        return self._loaded().network.width
+
+    def _loaded(self) -> _Model:
+        if self._model is None:
             raise RuvLLMError.InvalidOperation("no model is loaded", "call load_model first")
+        return self._model
+
+    def _pieces(self, prompt: str, params: GenerateParams) -> Generator[str, None, None]:
+        model, update = self._loaded(), self._update
         with _as(RuvLLMError.Tokenization):
             tokens = model.tokenizer.encode(prompt).tolist()
         tokens = [model.start_id, *tokens] if model.start_id >= 0 else tokens
@@ -185,8 +229,8 @@ class JaxBackend:
         self._cache_bytes = 0
         told = stream(
             _decoding(params, model),
-            forward_left_of(model.network),
-            model.params,
+            forward_left_of(model.network) if update is None else forward_with_update(model.network),
+            model.params if update is None else (model.params, update),
             [request],
             jax.random.fold_in(jax.random.key(seed & 0xFFFFFFFF), seed >> 32),  # a key takes 32 bits
             empty=empty,

@@ -9,8 +9,8 @@ from ruvjax import errors
 
 
 class RuvLLMError(errors.RuvjaxError):
-    """Whatever this interface raises on purpose. Storage, Session, Adapter and Sona belong to parts that are not there
-    yet: nothing raises them so far."""
+    """Whatever this interface raises on purpose. Storage and Session belong to parts that are not there yet: nothing
+    raises them so far."""
 
     Storage: ClassVar[type["RuvLLMError"]]
     Session: ClassVar[type["RuvLLMError"]]

@@ -1,7 +1,7 @@
 """Elastic weight consolidation on the product of an adapter's factors, which is what the model sees.
 
-The penalty of a site is 1/2 sum_ij F_ij (D_ij - D*_ij)^2 over the entries of its delta D = scale * a @ b: Kirkpatrick et
-al. 2017 (arXiv:1612.00796) with the delta as the parameter, so that a -> a m, b -> m^-1 b changes nothing. F is the
+The penalty of a site is 1/2 sum_ij F_ij (D_ij - D*_ij)^2 over the entries of its delta D = scale * a @ b: Kirkpatrick
+et al. 2017 (arXiv:1612.00796) with the delta as the parameter, so that a -> a m, b -> m^-1 b changes nothing. F is the
 diagonal Fisher information of the delta, from the gradients of single examples. It is kept by its sums over rows and
 over columns, F_ij ~ row_i column_j / sum(row), as Adafactor keeps second moments (Shazeer and Stern 2018,
 arXiv:1804.04235, which shows that no other non-negative matrix of rank one is nearer in I-divergence). Then a site
@@ -65,9 +65,12 @@ class Shift:
 def nothing_learned(update: Lora) -> EwcState:
     """The state before the first task of a site whose updates have the shape of `update`, stacked or not."""
     layers, (inner, outer) = update.a.shape[:-2], (update.a.shape[-2], update.b.shape[-1])
-    zero = Fisher(jnp.zeros((*layers, inner)), jnp.zeros((*layers, outer)))
     anchor = Lora(jnp.zeros_like(update.a), jnp.zeros_like(update.b), jnp.ones(layers))
-    return EwcState(zero, anchor, zero, jnp.zeros(()), jnp.zeros((), jnp.int32))
+
+    def zero() -> Fisher:  # arrays of its own, because states are donated
+        return Fisher(jnp.zeros((*layers, inner)), jnp.zeros((*layers, outer)))
+
+    return EwcState(zero(), anchor, zero(), jnp.zeros(()), jnp.zeros((), jnp.int32))
 
 
 def squares(gradient: Float[Array, "*layers inner outer"]) -> Fisher:
@@ -89,8 +92,8 @@ def estimate(
 
     `log_likelihood(weights, example)` is that of one example, in nats, and `weights` the weights [*, inner, outer] of
     the adapted sites by path: the gradient of a weight is that of the delta added to it. Every gradient is that of one
-    example before it is squared; `chunk` of them are held at once. The labels of `examples` decide what comes out: drawn
-    from the model they give the Fisher information, those of the data its empirical stand-in.
+    example before it is squared; `chunk` of them are held at once. The labels of `examples` decide what comes out:
+    drawn from the model they give the Fisher information, those of the data its empirical stand-in.
     """
 
     def of_one(example: Any) -> dict[str, Fisher]:
@@ -100,7 +103,7 @@ def estimate(
 
 
 def observe(state: EwcState, fisher: Fisher, examples: int | jax.Array, decay: float = 0.999) -> EwcState:
-    """Take the mean `fisher` of so many `examples` into the average of the current task; `decay` is that per example."""
+    """Take the mean `fisher` of so many `examples` into the average of the current task; `decay` is per example."""
     kept = jnp.float32(decay) ** examples
     running = jax.tree.map(lambda old, new: kept * old + (1.0 - kept) * new, state.running, fisher)
     return replace(state, running=running, weight=kept * state.weight + (1.0 - kept))

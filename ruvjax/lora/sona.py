@@ -4,10 +4,10 @@ instant        one gradient step on the micro adapter after each response
 consolidate    now and then: what the responses taught moves from the micro adapter to the base adapter
 deep           seldom: training over a dataset, which ends a task of elastic weight consolidation
 
-What the model is comes in as two functions of (params, update, sample). A `Gradient` gives the inputs of the site and the
-gradient of the sample's log-likelihood in its outputs; a `Draw` replaces the sample's labels by some of the model's own,
-as the Fisher information wants them. `hidden_gradient` and `hidden_draw` are both for the site at a language model's last
-hidden states. Deltas of several adapters are combined as deltas, never by averaging their factors.
+What the model is comes in as two functions of (params, update, sample). A `Gradient` gives the inputs of the site and
+the gradient of the sample's log-likelihood in its outputs; a `Draw` replaces the sample's labels by some of the model's
+own, as the Fisher information wants them. `hidden_gradient` and `hidden_draw` are both for the site at a language
+model's last hidden states. Adapters are combined by their deltas, never by averaging factors.
 """
 
 import functools
@@ -91,19 +91,20 @@ class Sample:
 
 @struct.dataclass
 class Pairs:
-    """What a site sees of one sample: its inputs x, the gradient g of the mean log-likelihood per token in its outputs,
-    that mean in nats (NaN where there is no likelihood), and the number of tokens."""
+    """What a site sees of one sample: its inputs x (0 in padding), the gradient g in its outputs of the mean
+    log-likelihood per token, that mean in nats (NaN where there is none), the number of tokens. g None: no direction.
+    """
 
     x: Float[Array, "rows inner"]
-    g: Float[Array, "rows outer"]
+    g: Float[Array, "rows outer"] | None
     value: Float[Array, ""]
     tokens: Float[Array, ""]
 
 
 @struct.dataclass
 class Sona:
-    """The state: a fast and a slow adapter of one site, the running mean of quality, what is known of earlier tasks, and
-    the statistics by which the end of a task is noticed."""
+    """The state: a fast and a slow adapter of one site, the running mean of quality, what is known of earlier tasks,
+    and the statistics by which the end of a task is noticed."""
 
     micro: Lora
     base: Lora
@@ -136,7 +137,7 @@ def hidden_gradient(head: Head) -> Gradient:
     update adds to the hidden states. One object per head, so that compiled programs are found again."""
 
     def gradient_at(params: Any, update: Lora, sample: Sample) -> Pairs:
-        x = sample.hidden.astype(jnp.float32)
+        x = jnp.where(sample.counted[:, None], sample.hidden.astype(jnp.float32), 0.0)
         tokens = jnp.maximum(jnp.sum(sample.counted), 1).astype(jnp.float32)
 
         def value(y: jax.Array) -> jax.Array:
@@ -177,28 +178,28 @@ def log_likelihood(
 
 def instant(
     state: Sona,
-    x: Float[Array, "rows inner"],
-    g: Float[Array, "rows outer"] | None,
+    pairs: Pairs,
     quality: float | jax.Array,
     rate: float | jax.Array,
     factor: float | jax.Array | None = None,
 ) -> tuple[Sona, Bool[Array, ""], Bool[Array, ""]]:
-    """One step of gradient ascent of the micro adapter after a response: (state, whether anything moved, whether the
-    inputs' statistics say that a task ended).
+    """One step of gradient ascent of the micro adapter after a response: (state, whether the adapter changed, whether
+    the inputs' statistics say that a task ended).
 
-    g: the gradient, in the site's outputs, of what should grow, the response's log-likelihood. The step is weighted by
-    `factor`, by default the advantage of `quality` over its running mean: responses above it become likelier, those
-    below it less likely. None: no direction is known; the energy of the adapter's own output stands for it, which is
-    nothing before the adapter does something. Where the step is not finite, only the mean of quality changes.
+    The step is weighted by `factor`, by default the advantage of `quality` over its running mean: responses above it
+    become likelier, those below it less likely. Where `pairs.g` is None, the energy of the adapter's own output stands
+    for the likelihood, which is nothing before the adapter does something. Where the step is not finite the adapter
+    stays as it was.
     """
     above, baseline = advantage(state.baseline, quality)
     weight = rate * (above if factor is None else factor)
-    change = gradient(state.micro, x, low_rank(x, state.micro) if g is None else g)
-    moved = replace(state.micro, a=state.micro.a + weight * change[0], b=state.micro.b + weight * change[1])
+    g = low_rank(pairs.x, state.micro) if pairs.g is None else pairs.g
+    a, b = gradient(state.micro, pairs.x, g)
+    moved = replace(state.micro, a=state.micro.a + weight * a, b=state.micro.b + weight * b)
     finite = jnp.all(jnp.isfinite(moved.a)) & jnp.all(jnp.isfinite(moved.b))
     micro = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state.micro)
     differs = jnp.any(micro.a != state.micro.a) | jnp.any(micro.b != state.micro.b)
-    shift, ended = observe_shift(state.shift, jnp.mean(x, 0))
+    shift, ended = observe_shift(state.shift, jnp.sum(pairs.x, 0) / pairs.tokens)
     return replace(state, micro=micro, baseline=baseline, shift=shift), differs, ended
 
 
@@ -272,7 +273,7 @@ def consolidate(
             sample, group, share = given
             own: Lora = jax.tree.map(lambda leaf: leaf[group], candidates)
             pairs = gradient_at(params, join(own, begun.micro), sample)
-            change = gradient(own, pairs.x, pairs.g)
+            change = gradient(own, pairs.x, _direction(pairs))
             return (sums[0].at[group].add(share * change[0]), sums[1].at[group].add(share * change[1])), None
 
         zero = (jnp.zeros_like(candidates.a), jnp.zeros_like(candidates.b))
@@ -309,7 +310,7 @@ def fisher_of(
     def of_one(given: Any) -> Fisher:
         sample, share, key = given
         pairs = gradient_at(params, update, draw(params, update, sample, key))
-        return jax.tree.map(lambda leaf: share * pairs.tokens * leaf, squares_of_rows(pairs.x, pairs.g))
+        return jax.tree.map(lambda leaf: share * pairs.tokens * leaf, squares_of_rows(pairs.x, _direction(pairs)))
 
     keys = jax.random.split(key, used.shape[0])
     found = lax.map(of_one, (samples, used, keys), batch_size=FISHER_CHUNK)
@@ -344,7 +345,7 @@ def deep(
         def add(sums: Any, index: jax.Array) -> tuple[Any, None]:
             sample: Any = jax.tree.map(lambda leaf: leaf[index], samples)
             pairs = gradient_at(params, join(base, begun.micro), sample)
-            here = (*gradient(base, pairs.x, pairs.g), pairs.value, jnp.float32(1.0))
+            here = (*gradient(base, pairs.x, _direction(pairs)), pairs.value, jnp.float32(1.0))
             return jax.tree.map(
                 lambda old, new: old + jnp.where(weight[index] > 0, weight[index] * new, 0), sums, here
             ), None
@@ -370,6 +371,12 @@ def deep(
     fisher = fisher_of(params, learned(trained), samples, used, keys[1], gradient_at=gradient_at, draw=draw)
     ewc = observe(trained.ewc, fisher, jnp.sum(used), settings.fisher_decay)
     return replace(trained, ewc=finish_task(ewc, learned(trained), settings.task_decay)), losses
+
+
+def _direction(pairs: Pairs) -> jax.Array:
+    """What consolidation and training learn from always has one."""
+    assert pairs.g is not None
+    return pairs.g
 
 
 def end_task(state: Sona, task_decay: float) -> Sona:
