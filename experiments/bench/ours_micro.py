@@ -17,6 +17,8 @@ import numpy as np
 
 from ruvjax.api.ruvllm_lora import AdaptFeedback, MicroLoRA, MicroLoraConfig
 
+SHARES = {"p50": 50, "p90": 90, "p99": 99, "p999": 99.9, "slowest": 100}
+
 
 def run(job) -> tuple[list[float], float, MicroLoRA]:
     """Seconds of every call, of the first one (with compilation), and what was adapted."""
@@ -42,7 +44,7 @@ def main() -> None:
     if job["form"] == "product":
         every, first, lora = run(job)
         parameters = lora.stats().parameters
-        facts = {f"p{q}_us": 1e6 * float(np.percentile(every, q)) for q in (50, 90, 99, 99.9, 100)}
+        facts = {f"{name}_us": 1e6 * float(np.percentile(every, q)) for name, q in SHARES.items()}
         seconds = [float(np.percentile(every, 99))]
     device = jax.devices()[0]
     report = {

@@ -142,9 +142,9 @@ class SonaLlm:
     def background_consolidate(self) -> AdaptationResult:
         """Move what the waiting samples teach, of the oldest 256, into the base adapter, by the configured strategy.
 
-        One sample in five is held back to measure `quality_delta` on. Such samples took part in the instant loop like
-        all others: the figure is the effect of this consolidation on samples that it did not train on. Raises
-        RuvLLMError.Sona where the result is not finite.
+        With a backend one sample in five is held back to measure `quality_delta` on. Such samples took part in the
+        instant loop like all others: the figure is the effect of this consolidation on samples that it did not train
+        on. Raises RuvLLMError.Sona where the result is not finite.
         """
         kept = list(itertools.islice(self._pending, BATCH))
         self._last_background = time.monotonic()
@@ -153,9 +153,9 @@ class SonaLlm:
             return AdaptationResult(False, 0, 0, reason=f"{len(kept)} samples wait, {least} are needed")
         self._check_model()
         clock = Clock()
-        used, held = split(kept)
+        used, held = split(kept) if self._backend is not None else (kept, [])
         samples, there = self._stack(used)
-        measured = self._stack(held) if held and self._backend is not None else None
+        measured = self._stack(held) if held else None
         before = self._measure(self._sites, measured)
         members = min(self._config.sona.pattern_clusters, len(there))
         group = groups(features(samples)[: len(used)], members, len(there))

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import make_models, measure, ours_decode, ours_denoise, ours_kernels, rows, rows_decode
+from experiments.bench import (
+    make_models,
+    measure,
+    ours_decode,
+    ours_denoise,
+    ours_kernels,
+    ours_micro,
+    rows,
+    rows_banks,
+    rows_decode,
+)
 from experiments.settings import ModelPath
 from experiments.wiring import Loaded, export, load
 from kernels_pallas.attention import Mask
@@ -125,6 +135,20 @@ def test_the_plain_forms_of_the_kernel_rows_compute_what_the_ops_do():
     ours, operands, _ = ours_kernels.work_of({**job, "work": "unmask"})
     for one, other in zip(ours(*operands)[2:], ours_kernels.naive_unmask(*operands)[2:]):  # the draws differ in noise
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_the_row_of_online_adaptation(monkeypatch, capsys):
+    row = rows_banks.micro_adapt_p99()
+    job = {**row.job, "threads": 1, "dtype": "float32"}
+    assert (job["hidden"], job["calls"], job["limit_s"]) == (4096, 10_000, 0.001)
+    reports = []
+    for side in (row.ours, row.theirs):
+        monkeypatch.setattr(sys, "argv", ["", json.dumps({**job, **side, "hidden": 32, "calls": 20, "warmup": 2})])
+        ours_micro.main()
+        reports.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    ours, limit = reports
+    assert limit["seconds"] == [0.001] and len(ours["seconds"]) == 1 and ours["parameters"] == 2 * 2 * 64
+    assert ours["facts"]["p50_us"] <= ours["facts"]["p99_us"] == pytest.approx(1e6 * ours["seconds"][0])
 
 
 def test_a_program_that_fails_or_computes_nonsense_is_no_measurement(tmp_path, monkeypatch):

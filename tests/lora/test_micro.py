@@ -9,6 +9,9 @@ from ruvjax.lora import ewc, micro
 from ruvjax.lora.delta import Lora, cut, fresh, join, low_rank
 
 INNER, OUTER, RANK, MODULES = 7, 5, 2, 3
+adapt = jax.jit(micro.adapt, static_argnames="dropout")
+apply_updates, outputs = jax.jit(micro.apply_updates), jax.jit(micro.outputs)
+apply_with_ewc = jax.jit(micro.apply_updates_with_ewc)
 
 
 def lora_of(seed: int, rank: int = RANK, scale: float = 1.5) -> Lora:
@@ -58,10 +61,10 @@ def test_adapt_and_apply_are_gradient_descent_by_the_mean():
     x = np.random.default_rng(0).normal(size=(2, INNER)).astype(np.float32)
     g = np.random.default_rng(1).normal(size=(2, OUTER)).astype(np.float32)
     every, second = np.ones(MODULES, bool), np.arange(MODULES) == 1
-    state = micro.adapt(state, x[0], g[0], 0.9, 2.0, every)
-    state = micro.adapt(state, x[1], g[1], 0.9, -1.0, second)
+    state = adapt(state, x[0], g[0], 0.9, 2.0, every)
+    state = adapt(state, x[1], g[1], 0.9, -1.0, second)
     assert state.count.tolist() == [1, 2, 1]
-    state, finite = micro.apply_updates(state, 0.1)
+    state, finite = apply_updates(state, 0.1)
     assert finite and state.count.tolist() == [0] * MODULES and not np.any(state.gradient_a)
     for i in range(MODULES):
         lora = jax.tree.map(lambda leaf, i=i: leaf[i], before)
@@ -76,14 +79,14 @@ def test_adapt_and_apply_are_gradient_descent_by_the_mean():
 def test_quality_alone_moves_the_energy_and_invents_nothing():
     x, every = np.ones(INNER, np.float32), np.ones(MODULES, bool)
     blank = micro.init_micro(jax.random.key(0), MODULES, INNER, OUTER, RANK, 4.0)
-    after, _ = micro.apply_updates(micro.adapt(blank, x, None, 1.0, 1.0, every), 0.1)
+    after, _ = apply_updates(adapt(blank, x, None, 1.0, 1.0, every), 0.1)
     assert np.array_equal(after.lora.a, blank.lora.a) and not np.any(after.lora.b)
     state = trained_state()
-    norm = np.linalg.norm(micro.outputs(state, x, 0))
+    norm = np.linalg.norm(outputs(state, x, 0))
     for quality, rises in ((1.0, True), (0.0, False)):
-        moved, _ = micro.apply_updates(micro.adapt(state, x, None, quality, 1.0, every), 0.01)
-        assert (np.linalg.norm(micro.outputs(moved, x, 0)) > norm) == rises
-    same, _ = micro.apply_updates(micro.adapt(state, x, None, 0.5, 1.0, every), 0.01)  # the mean itself
+        moved, _ = apply_updates(adapt(state, x, None, quality, 1.0, every), 0.01)
+        assert (np.linalg.norm(outputs(moved, x, 0)) > norm) == rises
+    same, _ = apply_updates(adapt(state, x, None, 0.5, 1.0, every), 0.01)  # the mean itself
     assert np.array_equal(same.lora.b, state.lora.b)
 
 
@@ -99,8 +102,8 @@ def test_the_running_mean():
 def test_dropout_leaves_inputs_out_and_keeps_the_mean():
     state, every = trained_state(), np.ones(MODULES, bool)
     x, g = np.ones(INNER, np.float32), np.ones(OUTER, np.float32)
-    whole = micro.adapt(state, x, g, 1.0, 1.0, every).gradient_a[0]
-    draw = jax.vmap(lambda key: micro.adapt(state, x, g, 1.0, 1.0, every, key, 0.25).gradient_a[0])
+    whole = adapt(state, x, g, 1.0, 1.0, every).gradient_a[0]
+    draw = jax.vmap(lambda key: adapt(state, x, g, 1.0, 1.0, every, key, dropout=0.25).gradient_a[0])
     drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
     left_out = np.all(drawn == 0, axis=2)
     assert abs(left_out.mean() - 0.25) < 0.02
@@ -110,7 +113,7 @@ def test_dropout_leaves_inputs_out_and_keeps_the_mean():
 def test_a_step_that_is_not_finite_changes_nothing():
     state, every = trained_state(), np.ones(MODULES, bool)
     huge = np.full(OUTER, 3e38, np.float32)
-    after, finite = micro.apply_updates(micro.adapt(state, np.ones(INNER, np.float32), huge, 1.0, 1e30, every), 1.0)
+    after, finite = apply_updates(adapt(state, np.ones(INNER, np.float32), huge, 1.0, 1e30, every), 1.0)
     assert not finite and np.array_equal(after.lora.a, state.lora.a) and np.array_equal(after.lora.b, state.lora.b)
     assert np.isfinite(after.gradient_a).all()
 
@@ -125,11 +128,11 @@ def test_ewc_holds_a_module_back():
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *old)
     moves = []
     for strength in (0.0, 1.0, 1e9):
-        moved, finite = micro.apply_updates_with_ewc(micro.adapt(state, x, g, 1.0, 1.0, every), 0.05, stacked, strength)
+        moved, finite = apply_with_ewc(adapt(state, x, g, 1.0, 1.0, every), 0.05, stacked, strength)
         assert finite
         new = jax.tree.map(lambda leaf: leaf[0], moved.lora)
         moves.append(np.linalg.norm(delta_of(new) - delta_of(adapters[0])))
-    free, _ = micro.apply_updates(micro.adapt(state, x, g, 1.0, 1.0, every), 0.05)
+    free, _ = apply_updates(adapt(state, x, g, 1.0, 1.0, every), 0.05)
     np.testing.assert_allclose(
         moves[0],
         np.linalg.norm(delta_of(jax.tree.map(lambda leaf: leaf[0], free.lora)) - delta_of(adapters[0])),
