@@ -189,7 +189,7 @@ def test_the_running_form_and_the_tasks():
     idle = ewc.finish_task(again, lora_of(4))
     np.testing.assert_allclose(idle.importance.row, again.importance.row)
     assert int(idle.tasks) == 3 and float(idle.weight) == 0
-    with pytest.raises(ConfigError, match="one shape"):
+    with pytest.raises(ConfigError, match="the anchor"):
         ewc.finish_task(state, lora_of(0, rank=3))
 
 

@@ -211,7 +211,7 @@ def test_the_merge_with_ewc_stays_nearer_to_what_was_known():
 
 def test_importance_of_another_shape_is_refused():
     state = begin()
-    with pytest.raises(ConfigError, match="one shape"):
+    with pytest.raises(ConfigError, match="the anchor"):
         ewc.finish_task(state.ewc, state.micro)
 
 
