@@ -15,6 +15,7 @@ from ruvjax.lora import micro
 from ruvjax.lora.delta import Lora
 from ruvjax.lora.ewc import EwcState, finish_task, nothing_learned, observe, squares_of_rows
 
+LARGEST = float(np.finfo(np.float32).max)
 Vector = Float[np.ndarray, "size"]
 
 
@@ -322,9 +323,9 @@ def check_number(
     below: float = np.inf,
     error: type[RuvLLMError] = RuvLLMError.Config,
 ) -> None:
-    """Raises `error` unless `value` is a finite number with least <= value <= most and above < value < below."""
+    """Raises `error` unless `value` is a number that float32 holds, least <= value <= most and above < value < below."""
     number = isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
-    if not number or not (least <= value <= most and above < value < below):
+    if not number or not (least <= value <= most and above < value < below and abs(value) <= LARGEST):
         low = f"from {least:g}" if least > -np.inf else (f"above {above:g}" if above > -np.inf else "finite")
         high = f" to {most:g}" if most < np.inf else (f" to below {below:g}" if below < np.inf else "")
         raise error(f"{name}={value!r} must be a number {low}{high}")

@@ -93,15 +93,15 @@ class SonaLlm:
         if self._backend is not None and self._backend.model_info() is self._model:
             self._backend.attach(None)
 
-    def instant_adapt(self, request: str, response: str, feedback: float | AdaptFeedback) -> AdaptationResult:
+    def instant_adapt(self, request: Any, response: Any, feedback: Any) -> AdaptationResult:
         """One gradient step after a response, and the response is kept for consolidation if it is good enough.
 
-        feedback: the quality, from 0 to 1, or more than that. With a backend the step climbs the response's mean
-        log-likelihood per token times `feedback.reward`, by default the quality less its running mean, so that bad
-        responses become less likely. Without one it descends <feedback.gradient_estimate, output> for features of the
-        request and the response; where only a quality is given, the energy of the adapter's own output stands for a
-        direction, which is none as long as the adapter does nothing. `latency_us` of the result covers the adaptation
-        and not the model's forward pass.
+        request, response: texts. feedback: the quality, from 0 to 1, or an AdaptFeedback. With a backend the step
+        climbs the response's mean log-likelihood per token times `feedback.reward`, by default the quality less its
+        running mean, so that bad responses become less likely. Without one it descends <feedback.gradient_estimate,
+        output> for features of the request and the response; where only a quality is given, the energy of the adapter's
+        own output stands for a direction, which is none as long as the adapter does nothing. `latency_us` of the result
+        covers the adaptation and not the model's forward pass.
 
         Raises RuvLLMError.Adapter (quality, gradient_estimate), Sona, and what `JaxBackend.read` raises.
         """
@@ -190,9 +190,9 @@ class SonaLlm:
         self._count(background_runs=self._stats.background_runs + 1, delta=delta)
         return AdaptationResult(True, len(used), clock.adapt_us, clock.read_us, delta)
 
-    def deep_optimize(self, dataset: Sequence[TrainingSample]) -> AdaptationResult:
-        """Train the base adapter over a dataset, and end a task: from then on consolidation and training are held near
-        what is known now, where it matters. The sum of qualities starts over.
+    def deep_optimize(self, dataset: Sequence[Any]) -> AdaptationResult:
+        """Train the base adapter over TrainingSamples, and end a task: from then on consolidation and training are held
+        near what is known now, where it matters. The sum of qualities starts over.
 
         The hidden states of all responses are held together. One sample in five is held back to measure
         `quality_delta` on, where there are five. Raises RuvLLMError.Sona
@@ -267,7 +267,7 @@ class SonaLlm:
         self._site(feedback.source_module)
         return (feedback.source_module,)
 
-    def _read(self, request: str, response: str, feedback: AdaptFeedback, module: TargetModule) -> Pairs:
+    def _read(self, request: Any, response: Any, feedback: AdaptFeedback, module: TargetModule) -> Pairs:
         """What the site sees of a request and its response."""
         if not isinstance(request, str) or not isinstance(response, str):
             raise RuvLLMError.Sona("request and response are texts", "MicroLoRA.adapt takes vectors")
@@ -367,5 +367,5 @@ def _sizes(config: SonaLlmConfig, backend: JaxBackend | None) -> MicroLoraConfig
 
 
 def _check_finite(sites: dict[TargetModule, Sona]) -> None:
-    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(sites)):
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(list(sites.values()))):
         raise RuvLLMError.Sona("what was learned is not finite: the adapters stay as they were", "a smaller rate")

@@ -284,7 +284,7 @@ def consolidate(
     candidates, _ = lax.scan(step, candidates, None, settings.steps)
     base = combine(candidates, jnp.zeros(members).at[groups].add(weight), begun.base)
     if settings.strategy is Strategy.EwcMerge:
-        base = pull(begun.ewc, base, settings.rate * settings.steps * settings.ewc_lambda)
+        base = pull(begun.ewc, base, min(1e30, settings.rate * settings.steps * settings.ewc_lambda))
     fisher = fisher_of(params, learned(begun), samples, used, keys[1], gradient_at=gradient_at, draw=draw)
     ewc = observe(begun.ewc, fisher, jnp.sum(used), settings.fisher_decay)
     return replace(begun, base=base, ewc=ewc)

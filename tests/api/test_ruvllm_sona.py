@@ -1,6 +1,7 @@
 """The documented SONA on a small causal model of random weights, and without a model."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -55,7 +56,7 @@ def likelihood(backend, sona, request, response) -> float:
     head, params = backend.readout()
     hidden = np.asarray(sample.hidden, np.float32)
     hidden = hidden + np.stack([sona.forward(row, HIDDEN) for row in hidden])
-    logits = np.asarray(head(params, hidden), np.float64)
+    logits = np.asarray(head(params, jnp.asarray(hidden)), np.float64)
     told = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     return told[np.arange(len(hidden)), np.asarray(sample.targets)][np.asarray(sample.counted)].mean()
 
@@ -194,7 +195,7 @@ def test_clear_refusals(backend, folder):
     sona = SonaLlm(EAGER, backend=backend)
     sona.instant_adapt("a", "bc", 0.9)
     known = sona.forward(np.ones(32), HIDDEN)
-    for quality in (1.5, -1, np.nan):
+    for quality in (1.5, -1.0, np.nan):
         with pytest.raises(RuvLLMError.Adapter, match="quality"):
             sona.instant_adapt("a", "b", quality)
     with pytest.raises(RuvLLMError.Sona, match="texts"):
@@ -226,7 +227,7 @@ def test_clear_refusals(backend, folder):
 
 
 def test_learning_that_is_not_finite_is_refused(backend):
-    sona = SonaLlm(SonaLlmConfig(instant_lr=1e38, background_min_samples=5), backend=backend)
+    sona = SonaLlm(SonaLlmConfig(instant_lr=3e38, background_min_samples=5), backend=backend)
     for request, response in GOOD:
         sona.instant_adapt(request, response, AdaptFeedback(0.9, reward=0.0))
     with pytest.raises(RuvLLMError.Sona, match="not finite"):
@@ -255,8 +256,9 @@ def test_the_presets_are_those_of_the_table():
     config = SonaLlmConfig(instant_lr=0.01, background_interval_ms=100, max_pending_samples=50)
     assert (config.rate, config.capacity, config.interval_s) == (0.01, 50, 0.1)
     assert (TrainingConfig.realtime().learning_rate, TrainingConfig.stable().ewc_lambda) == (0.001, 5000)
-    with pytest.raises(RuvLLMError.Config, match="did you mean edge"):
+    with pytest.raises(RuvLLMError.Config, match="no preset 'edgy'") as caught:
         SonaConfig.preset("edgy")
+    assert caught.value.hint == "did you mean edge?"
     for kind, wrong in (
         (SonaConfig, {"micro_lora_rank": 3}),
         (SonaConfig, {"quality_threshold": 2.0}),
