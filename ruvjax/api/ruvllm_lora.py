@@ -323,7 +323,7 @@ def check_number(
     below: float = np.inf,
     error: type[RuvLLMError] = RuvLLMError.Config,
 ) -> None:
-    """Raises `error` unless `value` is a number that float32 holds, least <= value <= most and above < value < below."""
+    """Raises `error` unless `value` is a number of float32 with least <= value <= most and above < value < below."""
     number = isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
     if not number or not (least <= value <= most and above < value < below and abs(value) <= LARGEST):
         low = f"from {least:g}" if least > -np.inf else (f"above {above:g}" if above > -np.inf else "finite")

@@ -168,7 +168,7 @@ class SonaLlm:
 
         def learns(module: TargetModule) -> np.ndarray:
             those = [not k.modules or module in k.modules for k in used]
-            return there * np.pad(np.float32(those), (0, len(there) - len(used)))
+            return there * np.pad(np.asarray(those, np.float32), (0, len(there) - len(used)))
 
         clock.adapting()
         sites = {
@@ -275,8 +275,9 @@ class SonaLlm:
             c, direction = self._lora, None
             if feedback.has_direction:
                 direction = -vector("gradient_estimate", feedback.gradient_estimate, c.out_features)[None]
-            x = text_features(f"{request}\0{response}", c.in_features)
-            return Pairs(x[None], direction, np.float32(np.nan), np.float32(1.0))
+            x: Any = text_features(f"{request}\0{response}", c.in_features)[None]
+            given: Any = (x, direction, np.float32(np.nan), np.float32(1.0))
+            return Pairs(*given)
         if feedback.has_direction:
             what = "gradient_estimate would have no effect: the backend's model gives the gradient"
             raise RuvLLMError.Sona(what, "leave it out")

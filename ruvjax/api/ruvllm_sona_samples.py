@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Float, Int
-from scipy.cluster.vq import kmeans2
+from scipy.cluster import vq
 
 from ruvjax.api.ruvllm_lora import TargetModule
 from ruvjax.api.ruvllm_sona_types import TrainingConfig
@@ -82,9 +82,10 @@ def groups(means: Float[np.ndarray, "used inner"], members: int, count: int) -> 
     if len(means) <= members:
         found[: len(means)] = np.arange(len(means))
     else:
+        kmeans: Any = vq.kmeans2  # its stub leaves its seed out
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a cluster that stays empty is only a group without samples
-            found[: len(means)] = kmeans2(means, members, minit="++", seed=0)[1]
+            found[: len(means)] = kmeans(means, members, minit="++", seed=0)[1]
     return found
 
 

@@ -48,8 +48,9 @@ def cut(update: Lora, into: Lora) -> Lora:
     found = min(rank, size.shape[0])
     a = jnp.pad(left @ u[:, :found], ((0, 0), (0, rank - found)))
     b = jnp.pad(size[:found, None] * (right @ v[:found].T).T, ((0, rank - found), (0, 0)))
-    # Below this a singular value is rounding of the product, and its direction means nothing.
-    there = jnp.pad(size[:found] > 1e-6 * jnp.maximum(size[0], 1e-30), (0, rank - found))
+    # Below this a singular value is rounding of the product, and its direction means nothing. What is not a number is
+    # not below it: it stays to be seen.
+    there = jnp.pad(~(size[:found] <= 1e-6 * jnp.maximum(size[0], 1e-30)), (0, rank - found))
     a = jnp.where(there[None, :], a, into.a)
     b = jnp.where(there[:, None], b, 0.0) / into.scale
     return Lora(a, b, into.scale)

@@ -158,3 +158,4 @@ def test_directions_that_are_not_used_can_be_learned():
     found = cut(join(lora_of(0), fresh(jax.random.key(6), INNER, OUTER, 1)), into)
     assert np.array_equal(found.a[:, 2:], into.a[:, 2:]) and not np.any(found.b[2:])
     assert np.isfinite(np.asarray(cut(fresh(jax.random.key(7), INNER, OUTER, 2), into).a)).all()
+    assert np.isnan(np.asarray(cut(lora_of(0, scale=np.nan), into).b)).any()  # broken numbers are not taken for unused
