@@ -29,6 +29,7 @@ from ruvjax.core.events import Event, replay
 from ruvjax.core.files import full_disk_fails
 from ruvjax.decoding.autoregressive import Decoding
 from ruvjax.errors import InputError
+from ruvjax.io.chat import ChatTemplate
 from ruvjax.training import report
 from ruvjax.training.provenance import collect_provenance
 from ruvjax.training.runfolder import RunFolder
@@ -55,7 +56,7 @@ def sample_text(job: Sample, launch: Launch) -> Path:
     wiring.start_backend(job.backend)
     loaded = wiring.load(job.model, job.kernels.attention_impl)
     sampler = wiring.finish_sampler(job.sampler, loaded, note)
-    canvas = canvas_of(job.sample, loaded)
+    canvas = canvas_of(job.sample, loaded, wiring.template_of(job.model) if job.sample.chat else None)
     loaded = wiring.apart(loaded) if loaded.autoregressive else loaded
     with launch.folder(job.run) as folder, opened(job.sample.stream) as write:
         provenance = collect_provenance({"seed": job.seed}, vars(allocator.report()))
@@ -86,17 +87,23 @@ def shown_already(settings: Drawing) -> int:
     return int(settings.animate and not settings.stop and sys.stdout.isatty())
 
 
-def canvas_of(settings: Drawing, loaded: Loaded) -> Canvas:
-    """The rows to fill. Raises InputError for a prompt that cannot be read or does not fit the model's context."""
+def canvas_of(settings: Drawing, loaded: Loaded, template: ChatTemplate | None = None) -> Canvas:
+    """The rows to fill; with a `template`, the prompt is a user's message and its answer is to be filled in.
+
+    Raises InputError for a prompt that cannot be read or does not fit the model's context.
+    """
     tokenizer, context = loaded.tokenizer, loaded.context
     prompt = drawing.read_prompt(settings.file) if settings.file else settings.prompt
     mask = np.full(settings.gap, tokenizer.mask_id, np.int32)
-    parts = [tokenizer.encode(part) for part in prompt.split(settings.mark)]
+    if template is not None:
+        parts = [tokenizer.encode_chat(template.render([{"role": "user", "content": prompt}]))]
+    else:
+        parts = [tokenizer.encode(part) for part in prompt.split(settings.mark)]
     if len(parts) > 1 and tokenizer.mask_id < 0:
         raise InputError("this model has no mask token and fills no gaps", "give a prompt without sample.mark in it")
     if settings.stop and (len(parts) > 1 or not loaded.autoregressive):
         raise InputError("sample.stop is for an autoregressive model that continues a prompt", "leave it out")
-    if loaded.published and loaded.start_id >= 0:
+    if loaded.published and loaded.start_id >= 0 and template is None:  # which writes its own
         parts[0] = np.concatenate([np.array([loaded.start_id], np.int32), parts[0]])
     row = np.concatenate([piece for part in parts for piece in (mask, part)][1:])
     if len(row) > context:

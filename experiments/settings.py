@@ -215,7 +215,8 @@ class Evaluate:
 class Drawing:
     """What `experiments.sample` draws. `prompt` is the left part of a text, or, with `mark` in it, a text with gaps.
 
-    file: read the prompt from this file instead. gap: tokens per mark.
+    file: read the prompt from this file instead. chat: the prompt is a user's message, put into the model's chat
+    template; the text is its answer. gap: tokens per mark.
     length: tokens of the whole text (0: the prompt and 96 more); a text with marks has a length of its own.
     stop: strings before which a text of an autoregressive model ends. slots: how many of its texts are drawn at a time.
     stream: events as JSONL to this file, or - for stdout. animate: redraw the text on the terminal as it appears.
@@ -223,6 +224,7 @@ class Drawing:
 
     prompt: str = ""
     file: str = ""
+    chat: bool = False
     mark: str = "<mask>"
     gap: int = 16
     length: int = 0

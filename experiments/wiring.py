@@ -5,7 +5,6 @@ The verbs and the notebook share what is here; `ruvjax` itself never knows which
 
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,11 +16,12 @@ from jax.sharding import Mesh
 
 from experiments.settings import EXPORT, ModelPath, Train, block_size, check_store
 from kernels_pallas.attention import Mask as AttentionMask
+from ruvjax.api.tokenizer_files import read_template, read_tokenizer
 from ruvjax.core.backend import devices, initialise_distributed, require
 from ruvjax.core.model import Output
 from ruvjax.core.params import init, shardings, unstack
 from ruvjax.core.sharding import RULES, MeshConfig, batch_sharding, make_mesh
-from ruvjax.data.tokenize import Tokenizer, load_tokenizer
+from ruvjax.data.tokenize import Tokenizer
 from ruvjax.decoding import likelihood as left
 from ruvjax.decoding.autoregressive import Decoding
 from ruvjax.decoding.likelihood import NextToken
@@ -30,11 +30,9 @@ from ruvjax.diffusion.loss import Encode, Project, objective
 from ruvjax.diffusion.sampler import Forward, Sampler
 from ruvjax.diffusion.schedule import Schedule
 from ruvjax.errors import BackendError, ConfigError, InputError
-from ruvjax.io.gguf import open_gguf
-from ruvjax.io.gguf_tokenizer import extract_tokenizer
+from ruvjax.io.chat import ChatTemplate
 from ruvjax.io.hub import model_path
 from ruvjax.io.huggingface import load_model, save_model
-from ruvjax.io.layout import ModelFiles
 from ruvjax.models.causal import LanguageModel, forward_left_of
 from ruvjax.models.transformer import Begun, Transformer
 from ruvjax.training.optimizer import build_optimizer, learning_rate
@@ -327,21 +325,11 @@ def model_folder(path: ModelPath) -> Path:
     return folder / EXPORT if (folder / EXPORT / "config.json").is_file() else folder
 
 
-def _read_tokenizer(folder: Path, files: ModelFiles) -> Tokenizer:
-    ids: dict[str, Any] = {"mask_id": files.mask_token_id, "eos_id": files.eos_token_id, "pad_id": files.pad_token_id}
-    if folder.suffix == ".gguf" and folder.is_file():
-        with tempfile.TemporaryDirectory() as extracted:
-            return load_tokenizer(extract_tokenizer(open_gguf(folder), extracted), **ids, masked=not files.causal)
-    if files.tokenizer is None:
-        raise InputError(f"{folder} holds no tokenizer.json", "copy the tokenizer of the model there")
-    return load_tokenizer(files.tokenizer, **ids, masked=not files.causal)
-
-
 def load(path: ModelPath, attention: str | None = None) -> Loaded:
     """The model at `path`. Raises InputError where it cannot be read or has no tokenizer."""
     folder = model_folder(path)
     model, params, files = load_model(folder, quantized=path.quantized)
-    tokenizer = _read_tokenizer(folder, files)
+    tokenizer = read_tokenizer(folder, files)
     if tokenizer.vocab_size > model.vocab_size:
         sizes = f"{tokenizer.vocab_size} entries, the model {model.vocab_size}"
         raise InputError(f"{folder}: the tokenizer has {sizes}", "copy the right one")
@@ -353,6 +341,11 @@ def load(path: ModelPath, attention: str | None = None) -> Loaded:
         raise InputError(f"{folder}/config.json: bad diffusion settings: {error}", "export the model again") from error
     ends = tuple(end for end in files.eos_token_ids if end not in (tokenizer.eos_id, tokenizer.mask_id))
     return Loaded(model, params, tokenizer, schedule, block, length, attention, files.causal, ends, not settings)
+
+
+def template_of(path: ModelPath) -> ChatTemplate:
+    """The chat template of the model at `path`. Raises InputError where it has none."""
+    return read_template(model_folder(path))
 
 
 def apart(loaded: Loaded) -> Loaded:

@@ -25,11 +25,15 @@ def missing(platform: str) -> str:
         mosaic_gpu() if platform == "gpu" else mosaic_tpu()
     except ImportError as error:
         return f"Pallas cannot be imported ({error})"
-    if platform == "gpu" and "cuda" in platforms():
-        capability = jax.devices("cuda")[0].compute_capability
-        if float(capability) < 9.0:  # every GPU kernel here copies by TMA under a barrier
-            return f"the copies are those of Hopper, compute capability 9.0, and later; this device has {capability}"
+    capability = compute_capability() if platform == "gpu" else ""
+    if capability and float(capability) < 9.0:  # every GPU kernel here copies by TMA under a barrier
+        return f"the copies are those of Hopper, compute capability 9.0, and later; this device has {capability}"
     return ""
+
+
+def compute_capability() -> str:
+    """That of the first CUDA device, such as "9.0"; "" where this process has none."""
+    return jax.devices("cuda")[0].compute_capability if "cuda" in platforms() else ""
 
 
 @functools.cache

@@ -17,10 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.attention import attention
+from kernels_pallas.attention import Mask, attention
+from kernels_pallas.kv_attention import append, dense, empty_pages, empty_tiers, kv_attention, migrate
+from kernels_pallas.lora_bank import lora_bank
 from kernels_pallas.quant_matmul import quant_matmul, quantize
 from kernels_pallas.selective_scan import selective_scan
-from kernels_pallas.unmask import draw_noise, unmask
+from kernels_pallas.unmask import draw_noise, masked_cross_entropy, unmask
+
+WEIGHTS = {"q8_matvec": "Q8_0", "q4_0_matvec": "Q4_0", "q4_k_matvec": "Q4_K"}
 
 
 def scan_operands(job) -> tuple[jax.Array, ...]:
@@ -54,6 +58,44 @@ def naive_unmask(logits, key):
     return token, log_prob, top[:, 0], entropy, top[:, 0] - top[:, 1]
 
 
+def naive_loss(logits, targets):
+    """Cross-entropy by a log-softmax that is written out."""
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), targets[..., None], axis=-1)[..., 0]
+
+
+def filled_cache(job, bits: int):
+    """A cache of `length` random tokens, the last `kept` of them (and what fills a page) in its tail."""
+    shape = (job["batch"], job["length"], job["kv_heads"], job["dim"])
+    k, v = (jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0)))
+    slots = -(-job["length"] // 64)
+    pages = empty_pages(job["batch"], tail_slots=slots, store_slots=slots)
+    tiers = empty_tiers(pages, job["kv_heads"], job["dim"], key_bits=bits, value_bits=bits)
+    return migrate(*append(pages, tiers, k, v), keep=job["kept"])
+
+
+def adapter_operands(job) -> tuple[jax.Array, ...]:
+    """x, both matrices of every adapter of the bank, and the choice: for each sequence where there are several."""
+    rows, length, width, bank, rank, k = (job[name] for name in ("rows", "length", "width", "bank", "rank", "selected"))
+    keys = jax.random.split(jax.random.key(0), 5)
+    each = (rows, k) if job["work"] == "lora_sequences" else (rows, length, k)
+    return (
+        jax.random.normal(keys[0], (rows, length, width)),
+        jax.random.normal(keys[1], (bank, width, rank)),
+        jax.random.normal(keys[2], (bank, rank, width)),
+        jax.random.randint(keys[3], each, 0, bank),
+        jax.random.uniform(keys[4], each),
+    )
+
+
+def gathered_adapters(x, a, b, ids, weights):
+    """The chosen matrices gathered and multiplied, as one would write it."""
+    if ids.ndim == 2:
+        inner = jnp.einsum("sli,skir->slkr", x, a[ids])
+        return jnp.einsum("slkr,sk,skro->slo", inner, weights, b[ids])
+    inner = jnp.einsum("sli,slkir->slkr", x, a[ids])
+    return jnp.einsum("slkr,slk,slkro->slo", inner, weights, b[ids])
+
+
 def work_of(job) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, float]]:
     """The function, its operands, and the "flops" or "bytes" that it cannot do without."""
     product, dtype = job["form"] == "product", job["dtype"]
@@ -73,12 +115,12 @@ def work_of(job) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, float]]
                 return scan, operands, {"bytes": read}
             gradient = jax.grad(lambda *operands: jnp.sum(jnp.square(scan(*operands))), argnums=tuple(range(6)))
             return gradient, operands, {"bytes": 2 * read}
-        case "q8_matvec":
+        case "q8_matvec" | "q4_0_matvec" | "q4_k_matvec":
             size = job["size"]
             w, x = jax.random.normal(jax.random.key(0), (size, size)), jax.random.normal(jax.random.key(1), (1, size))
             if not product:
                 return jnp.matmul, (x, w), {"bytes": 4.0 * size * size}
-            weight = quantize(w, "Q8_0")
+            weight = quantize(w, WEIGHTS[job["work"]])
             return quant_matmul, (x, weight), {"bytes": float(weight.nbytes)}
         case "unmask":
             logits = 4 * jax.random.normal(jax.random.key(0), (job["rows"], job["vocab_size"]))
@@ -87,6 +129,35 @@ def work_of(job) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, float]]
                 return unmask(logits, draw_noise(key, logits.shape[:1], logits.shape[1]))
 
             return draw if product else naive_unmask, (logits, jax.random.key(1)), {"bytes": 4.0 * logits.size}
+        case "masked_loss_grad":
+            shape = (job["rows"], job["vocab_size"])
+            logits = 4 * jax.random.normal(jax.random.key(0), shape)
+            targets = jax.random.randint(jax.random.key(1), shape[:1], 0, shape[1])
+            loss = masked_cross_entropy if product else naive_loss
+            gradient = jax.value_and_grad(lambda logits, targets: jnp.mean(loss(logits, targets)))
+            return gradient, (logits, targets), {"bytes": 2 * 4.0 * logits.size}
+        case "kv_attention_int8" | "kv_attention_int4":
+            pages, tiers = filled_cache(job, 8 if job["work"].endswith("int8") else 4)
+            q = jax.random.normal(jax.random.key(1), (job["batch"], 1, job["heads"], job["dim"]))
+            if product:
+                tokens = {"tail": pages.lengths - pages.stored, "store": pages.stored}
+                read = sum(
+                    float(jnp.sum(count)) * sum(x[:1].nbytes for x in jax.tree.leaves(pool)) / pages.page
+                    for count, pool in (
+                        (tokens["tail"], (tiers.tail_k, tiers.tail_v)),
+                        (tokens["store"], (tiers.store_k, tiers.store_v)),
+                    )
+                )
+                return kv_attention, (q, tiers, pages), {"bytes": read}
+            k, v, _, valid = dense(tiers, pages)
+            order = jnp.argsort(~valid[0], stable=True)[: job["length"]]
+            k, v = (x[:, order].astype(jnp.float32) for x in (k, v))
+            return lambda q, k, v: attention(q, k, v, Mask()), (q, k, v), {"bytes": 4.0 * (k.size + v.size)}
+        case "lora_sequences" | "lora_positions" | "lora_dense":
+            operands = adapter_operands(job)
+            x, a, b, ids, _ = operands
+            chosen = min(ids.size, job["bank"]) * (a[0].nbytes + b[0].nbytes)
+            return lora_bank if product else gathered_adapters, operands, {"bytes": chosen + 2.0 * x.nbytes}
     raise ValueError(job["work"])
 
 

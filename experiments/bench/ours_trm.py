@@ -67,7 +67,8 @@ def main() -> None:
     params = init(model, jax.random.key(0))
     state = init_state(params, optimizer, jax.random.key(1), carry=init_carry(model, params, batch))
     began = time.perf_counter()
-    step = compile_step(make_step(objective(model, TrmLoss()), optimizer, partial(learning_rate, config)), state, batch)
+    rate_of, parts = partial(learning_rate, config), job["accumulation"]
+    step = compile_step(make_step(objective(model, TrmLoss()), optimizer, rate_of, accumulation=parts), state, batch)
     compiled = time.perf_counter() - began
     seconds, values = [], []
     for _ in range(job["warmup"] + job["repeats"]):

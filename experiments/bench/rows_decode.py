@@ -28,11 +28,14 @@ LLAMA = {
 RANDOM = {"make": "llama", "model": LLAMA}
 
 GREEDY = {"work": "decode", "prompt": 64, "generated": 128, "warmup": 1, "repeats": 4}
-# Held-out rows, one at a time; of every 32 bytes half are masked.
-CANVAS = {"rows": 16, "length": 256, "block": 32, "masked": 16}
-TRAINED = {"make": "trained", "steps": 1000, "settings": [], **CANVAS}  # about a minute on two cores
-# 0.5: what is surer than all else together is committed. A lower bar is faster, and `accuracy` tells what it costs.
-FILLED = {"work": "sample", **CANVAS, "threshold": 0.5, "warmup": 0, "repeats": 2}
+# Held-out rows, one at a time; of every 64 bytes half are masked.
+CANVAS = {"rows": 8, "length": 512, "block": 64, "masked": 32}
+TEXT = {"make": "trained", "steps": 2500, "batch": 4, "settings": [], **CANVAS}  # three minutes on two cores
+# Eight boards a row, a block each: 36 cells, 20 of them open, and the end of the line.
+BOARDS = {"rows": 16, "length": 296, "block": 37, "masked": 20}
+PUZZLES = {"make": "puzzles", "steps": 1500, "batch": 8, "settings": [], **BOARDS}
+# What is surer than the threshold is committed. A lower one is faster, and `accuracy` tells what it costs.
+FILLED = {"work": "sample", "threshold": 0.6, "warmup": 0, "repeats": 2}
 
 
 def _decode(name: str, form: str, peer: Program, theirs: Mapping[str, Any]) -> Row:
@@ -40,9 +43,16 @@ def _decode(name: str, form: str, peer: Program, theirs: Mapping[str, Any]) -> R
     return Row(name, "tokens/s", GREEDY, tokens, OURS, peer, {"form": form}, theirs=theirs, prepare=RANDOM)
 
 
-def _denoise(name: str, peer: Program, theirs: Mapping[str, Any], dtypes: tuple[str, ...] = ("float32",)) -> Row:
-    tokens = FILLED["rows"] * FILLED["length"] // FILLED["block"] * FILLED["masked"]
-    return Row(name, "tokens/s", FILLED, tokens, DENOISE, peer, {"form": "dual"}, dtypes, theirs, TRAINED)
+def _denoise(
+    name: str,
+    prepare: Mapping[str, Any],
+    peer: Program,
+    theirs: Mapping[str, Any],
+    dtypes: tuple[str, ...] = ("float32",),
+) -> Row:
+    job = {**FILLED, **{key: prepare[key] for key in CANVAS}}
+    tokens = job["rows"] * job["length"] // job["block"] * job["masked"]
+    return Row(name, "tokens/s", job, tokens, DENOISE, peer, {"form": "dual"}, dtypes, theirs, prepare)
 
 
 def decode() -> list[Row]:
@@ -51,7 +61,8 @@ def decode() -> list[Row]:
     return [
         _decode("decode_f32", "float32", TRANSFORMERS, {}),
         _decode("decode_q8_vs_f32", "Q8_0", FLOAT32, {"form": "float32"}),
-        _denoise("dual_cache_vs_uncached", ONE_BY_ONE, {"form": "uncached"}),
-        _denoise("dual_cache_vs_llada_loop", LLADA, {}, ("float32", "bfloat16")),
+        _denoise("dual_cache_vs_uncached", TEXT, ONE_BY_ONE, {"form": "uncached"}),
+        _denoise("dual_cache_puzzle", PUZZLES, ONE_BY_ONE, {"form": "uncached"}),
+        _denoise("dual_cache_vs_llada_loop", TEXT, LLADA, {}, ("float32", "bfloat16")),
         _decode("llama_cpp_q8", "Q8_0", LLAMA_CPP, {}),
     ]

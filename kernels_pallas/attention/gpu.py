@@ -17,7 +17,6 @@ from jax import lax
 from kernels_pallas import compat
 from kernels_pallas.attention import blocks
 from kernels_pallas.attention.mask import Mask
-from kernels_pallas.dispatch import platforms
 
 BLOCK = 64  # queries and keys of a block: the rows of a warpgroup's matrix product
 SLOTS = 2  # blocks in shared memory of what is summed over
@@ -35,10 +34,9 @@ def cudnn_unsupported(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> s
         return "it knows windows of causal masks only"
     if mask.block or mask.diffusion or mask.segments is not None or mask.dense is not None:
         return "it knows causal masks, their windows, and lengths only"
-    if "cuda" in platforms():
-        capability = jax.devices("cuda")[0].compute_capability
-        if float(capability) < 8.0:
-            return f"its attention is for compute capability 8.0 and later, and this device has {capability}"
+    capability = compat.compute_capability()
+    if capability and float(capability) < 8.0:
+        return f"its attention is for compute capability 8.0 and later, and this device has {capability}"
     return ""
 
 
@@ -71,8 +69,8 @@ def unsupported(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> str:
         return f"a head dimension of {q.shape[-1]} is above {MAX_DIM}"
     if mask.dense is not None:
         return "the mask is dense"
-    if "cuda" in platforms():
-        capability = jax.devices("cuda")[0].compute_capability
+    capability = compat.compute_capability()
+    if capability:
         if capability != "9.0":
             return f"the products are Hopper's, compute capability 9.0, and this device has {capability}"
         # jax refuses its own kernel here where it is causal; ours compares positions for other masks just the same.

@@ -1,16 +1,15 @@
 """What DiffusionModel reads: a model folder or a GGUF file, as it is stored or with its matrices in 4 bits."""
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ruvjax import errors
 from ruvjax.api.ruvdllm_errors import ModelError
-from ruvjax.data.tokenize import Tokenizer, load_tokenizer
-from ruvjax.io.gguf import GgufFile, open_gguf
+from ruvjax.api.tokenizer_files import read_tokenizer
+from ruvjax.data.tokenize import Tokenizer
+from ruvjax.io.gguf import open_gguf
 from ruvjax.io.gguf_model import load_gguf
-from ruvjax.io.gguf_tokenizer import extract_tokenizer
 from ruvjax.io.huggingface import ModelFiles, load_model
 from ruvjax.io.quantize import quantize_params
 from ruvjax.models.transformer import Transformer
@@ -49,7 +48,7 @@ def _read_folder(folder: Path) -> Read:
     if not isinstance(network, Transformer):
         raise errors.InputError(f"{source}: this is a Mamba, and no diffusion transformer", "ruvjax.api.repair")
     causal = files.mask_token_id is None  # then its tokenizer knows no mask either
-    tokenizer = None if causal or files.tokenizer is None else _tokenizer(files.tokenizer, files)
+    tokenizer = None if causal or files.tokenizer is None else read_tokenizer(folder, files)
     return Read(network, params, files, tokenizer, source)
 
 
@@ -57,18 +56,8 @@ def _read_gguf(path: Path, four_bits: bool) -> Read:
     file = open_gguf(path)
     wide = any(tensor.kind == "BF16" for tensor in file.tensors.values())  # whose range float16 lacks
     network, params, files = load_gguf(path, "bfloat16" if wide else "float16", quantized=four_bits)
-    return Read(network, params, files, _gguf_tokenizer(file, files), str(path))
-
-
-def _gguf_tokenizer(file: GgufFile, files: ModelFiles) -> Tokenizer | None:
-    if files.mask_token_id is None or "tokenizer.ggml.tokens" not in file.metadata:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        return _tokenizer(extract_tokenizer(file, folder), files)
-
-
-def _tokenizer(path: str | Path, files: ModelFiles) -> Tokenizer:
-    return load_tokenizer(path, mask_id=files.mask_token_id, eos_id=files.eos_token_id, pad_id=files.pad_token_id)
+    bare = files.mask_token_id is None or "tokenizer.ggml.tokens" not in file.metadata
+    return Read(network, params, files, None if bare else read_tokenizer(path, files), str(path))
 
 
 def _quantized(read: Read) -> Read:

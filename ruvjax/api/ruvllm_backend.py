@@ -9,7 +9,6 @@ Diffusion checkpoints are run by `ruvjax.api.ruvdllm`.
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +21,16 @@ from ruvjax.api.ruvllm_errors import RuvLLMError
 from ruvjax.api.ruvllm_hidden import forward_with_update, predicting
 from ruvjax.api.ruvllm_precision import Precision
 from ruvjax.api.ruvllm_types import DeviceType, GenerateParams, MemoryStats, ModelConfig, ModelInfo, ModelSize
+from ruvjax.api.tokenizer_files import read_tokenizer
 from ruvjax.core import backend
 from ruvjax.core.params import count, unstack
 from ruvjax.core.tiered import Tiers
-from ruvjax.data.tokenize import Tokenizer, load_tokenizer
+from ruvjax.data.tokenize import Tokenizer
 from ruvjax.decoding.autoregressive import Decoding
 from ruvjax.decoding.batching import Request, Token, stream
 from ruvjax.decoding.text import Held, Pieces, add, rest, until
-from ruvjax.io.gguf import open_gguf
-from ruvjax.io.gguf_tokenizer import extract_tokenizer
 from ruvjax.io.hub import download, model_path
-from ruvjax.io.huggingface import ModelFiles, load_model
+from ruvjax.io.huggingface import load_model
 from ruvjax.io.quantize import quantize_params
 from ruvjax.lora.delta import Lora
 from ruvjax.lora.sona import Sample
@@ -312,7 +310,8 @@ def _read(model_id: str | os.PathLike[str], config: ModelConfig, device: jax.Dev
                 raise RuvLLMError.Config(
                     f"{path}: attention within a window has no cache in two tiers", "leave kv_cache_config out"
                 )
-    tokenizer = _tokenizer(path, files, is_file)
+    with _as(RuvLLMError.Tokenization):
+        tokenizer = read_tokenizer(path, files)
     if tokenizer.vocab_size > network.vocab_size:
         sizes = f"{tokenizer.vocab_size} entries, the model {network.vocab_size}"
         raise RuvLLMError.Tokenization(f"{path}: the tokenizer has {sizes}", "copy the right one")
@@ -335,17 +334,6 @@ def _read(model_id: str | os.PathLike[str], config: ModelConfig, device: jax.Dev
     start = tokenizer.eos_id if ours else tokenizer.start_id
     params = unstack(params, network.layers)
     return _Model(network, params, tokenizer, config, info, ends, start)
-
-
-def _tokenizer(path: Path, files: ModelFiles, is_file: bool) -> Tokenizer:
-    ids = {"mask_id": files.mask_token_id, "eos_id": files.eos_token_id, "pad_id": files.pad_token_id}
-    with _as(RuvLLMError.Tokenization):
-        if is_file:
-            with tempfile.TemporaryDirectory() as folder:
-                return load_tokenizer(extract_tokenizer(open_gguf(path), folder), **ids, masked=False)
-        if files.tokenizer is None:
-            raise errors.InputError(f"{path} holds no tokenizer.json", "copy the tokenizer of the model there")
-        return load_tokenizer(files.tokenizer, **ids, masked=False)
 
 
 @contextlib.contextmanager

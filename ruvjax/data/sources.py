@@ -63,14 +63,17 @@ class StdlibSource:
 
     Every UTF-8 `.py` file of the standard library but tests, installed packages and a few generated or copied packages
     (`encodings`, `pydoc_data`, `lib2to3`, `_sysconfigdata*`, `config-*`). `valid_share` and `test_share` are shares of
-    the package names; at the defaults each split also holds 5 to 7% of the bytes. `root` names another library folder.
+    the package names; at the defaults each split also holds 5 to 7% of the bytes. `root` names another library folder,
+    `without` packages that are in no split.
 
-    Raises ConfigError for shares that do not fit, InputError where the interpreter has no library source on disk.
+    Raises ConfigError for shares that do not fit, InputError where the interpreter has no library source on disk, or
+    none of a package that is named.
     """
 
     valid_share: float = 0.06
     test_share: float = 0.06
     root: str = ""
+    without: tuple[str, ...] = ()
 
     def __post_init__(self):
         _check_shares(self.valid_share, self.test_share)
@@ -79,7 +82,10 @@ class StdlibSource:
     def splits(self) -> dict[str, list[Document]]:
         root = Path(self.root or sysconfig.get_path("stdlib"))
         splits: dict[str, list[Document]] = {split: [] for split in SPLITS}
+        left_out = {document.name for documents in self.packages().values() for document in documents}
         for document in _unique(self._files(root)):
+            if document.name in left_out:
+                continue
             share = _hash_share(_STDLIB_SALT + stdlib_group(document.name))
             splits[_split_of(share, self.valid_share, self.test_share)].append(document)
         if not any(splits.values()):
@@ -91,6 +97,17 @@ class StdlibSource:
 
     def documents(self, split: str) -> list[Document]:
         return _pick(self.splits(), split)
+
+    def packages(self) -> dict[str, list[Document]]:
+        """The documents of each package of `without`."""
+        found: dict[str, list[Document]] = {name: [] for name in self.without}
+        for document in _unique(self._files(Path(self.root or sysconfig.get_path("stdlib")))) if found else ():
+            if (name := stdlib_group(document.name)) in found:
+                found[name].append(document)
+        for name, documents in found.items():
+            if not documents:
+                raise InputError(f"this interpreter's library has no package {name!r}", "leave it out of data.without")
+        return found
 
     def _files(self, root: Path) -> Iterator[Document]:
         paths: list[Path] = []

@@ -95,6 +95,13 @@ class Tokenizer:
         """The ids of `text` as int32, without specials. Raises InputError as `encode_batch` does."""
         return self.encode_batch([text])[0]
 
+    def encode_chat(self, text: str) -> Int[np.ndarray, "tokens"]:
+        """The ids of a rendered chat template as int32: what spells a special token is that token here, also in the
+        messages, as in transformers."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        return np.array(backend.encode(text, add_special_tokens=False).ids, np.int32)
+
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[Int[np.ndarray, "_"]]:
         """The ids of each text as int32, without specials.
 

@@ -63,6 +63,18 @@ def test_stdlib_is_the_same_on_two_machines(tmp_path):
     assert_disjoint(first)
 
 
+def test_stdlib_without_packages_has_them_in_no_split(stdlib):
+    source = StdlibSource(without=("json", "decimal"))
+    left_out = source.packages()
+    assert {document.name for document in left_out["json"]} >= {"json/decoder.py", "json/encoder.py"}
+    assert "_pydecimal.py" in {document.name for document in left_out["decimal"]}
+    gone = {document.name for documents in left_out.values() for document in documents}
+    for split, documents in source.splits().items():
+        assert {document.name for document in documents} == {document.name for document in stdlib[split]} - gone
+    with pytest.raises(InputError, match="no package 'jsn'"):
+        StdlibSource(without=("jsn",)).splits()
+
+
 @pytest.mark.parametrize(
     ("name", "group"),
     [("email/mime/text.py", "email"), ("_pydecimal.py", "decimal"), ("_pyio.py", "io"), ("_py_abc.py", "abc"),

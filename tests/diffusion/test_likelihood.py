@@ -10,7 +10,6 @@ import pytest
 
 from ruvjax.core.model import Output
 from ruvjax.diffusion import likelihood
-from ruvjax.diffusion.certificates import MarkovSource
 from ruvjax.diffusion.likelihood import (
     block_nelbo_samples,
     exact_block_nelbo,
@@ -19,6 +18,7 @@ from ruvjax.diffusion.likelihood import (
     nelbo_samples,
     prefix_log_likelihood,
 )
+from ruvjax.diffusion.markov import MarkovSource
 from ruvjax.diffusion.schedule import Schedule
 from ruvjax.errors import ConfigError, InputError
 

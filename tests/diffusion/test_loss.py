@@ -12,10 +12,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas.attention import Mask
-from ruvjax.diffusion.certificates import MarkovSource
 from ruvjax.diffusion.corrupt import TimeSampling
 from ruvjax.diffusion.likelihood import exact_block_nelbo, exact_nelbo
 from ruvjax.diffusion.loss import DiffusionLoss, LossKind, corrupt, gather_rows, objective
+from ruvjax.diffusion.markov import MarkovSource
 from ruvjax.diffusion.schedule import Schedule
 from ruvjax.errors import ConfigError
 from ruvjax.training.objective import gradient_of

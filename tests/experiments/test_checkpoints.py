@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -146,6 +147,34 @@ def test_a_checkpoint_is_sampled_from_the_command_line(folder, workplace, capsys
         assert records()[-1]["texts"] == ["abxyzxyzxyz"]
     metrics(capsys, sampled(path, "sample.prompt=ab", "sample.length=90", "sampler.store=int4", "sampler.tail=4"))
     assert records()[-1]["texts"] == ["ab" + ("xyz" * 30)[:87]]
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}:{{ message['content'] }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}ab{% endif %}"
+)
+
+
+def test_a_message_goes_through_the_chat_template_of_the_checkpoint(folder, workplace, capsys):
+    path = Path("chat")
+    shutil.copytree(folder / "model", path)
+    asked = [f"model.path={path}", "sample.prompt=hi", "sample.length=16", "sample.chat=true"]
+    assert sampled(*asked) == 2
+    assert "holds no chat template" in capsys.readouterr().err
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATE}))
+    written = [0, *map(id_of, "user:hi"), 1, *map(id_of, "ab")]
+    metrics(capsys, sampled(*asked))
+    assert records()[0]["tokens"][0][: len(written)] == written  # one start token, and the end of the message is one
+    assert records()[-1]["texts"][0].endswith("abxyzxy")
+    model, params, _ = load_model(path)
+    tokens = {"eos_token_id": 1, "bos_token_id": 0}
+    save_gguf("chat.gguf", model, params, "F32", path / "tokenizer.json", tokens=tokens)
+    metrics(capsys, sampled("model.path=chat.gguf", *asked[1:]))
+    assert records()[0]["tokens"][0][: len(written)] == written
+    # Without it, text that spells a special token is text.
+    metrics(capsys, sampled(asked[0], "sample.prompt=</s>", "sample.length=8"))
+    assert records()[0]["tokens"][0][:5] == [0, *map(id_of, "</s>")]
 
 
 @pytest.mark.parametrize("stop, shown", [([], []), (["sample.stop=[zxyz]"], ["abxy"])])
