@@ -203,7 +203,7 @@ class TinyRecursive:
             answer_start=declare((d,), (None,), "normal"),
             latent_start=declare((d,), (None,), "normal"),
             puzzles=declare((self.puzzles, d), ("puzzles", "embed"), "zeros") if self.puzzles else None,
-            marks=declare((self.marks, d), (None, "embed"), "normal", 1 / math.sqrt(d)) if self.marks > 1 else None,
+            marks=declare((self.marks, d), ("marks", "embed"), "normal", 1 / math.sqrt(d)) if self.marks > 1 else None,
             copy=self._copy_spec(),
         )
 
