@@ -214,19 +214,6 @@ def test_one_batch_is_overfitted_by_the_adapters_alone(kind, dora):
             np.testing.assert_array_equal(moved, np.asarray(ranks[path]) > 0)
 
 
-def test_the_base_is_no_constant_of_the_compiled_step():
-    """A program that holds its base takes twice the memory, and past 2 GB it cannot be compiled."""
-    params = base("transformer")
-    config = LoraConfig(rank=2)
-    optimizer = build_optimizer(OptimizerConfig(), Adapters(config, TINY).spec())
-    state = init_state(init(config, TINY, jax.random.key(3)), optimizer, jax.random.key(4))
-    step = make_step(objective_over(objective, params), optimizer, functools.partial(learning_rate, OptimizerConfig()))
-    compiled = compile_step(step, state, jnp.zeros((2, 4), jnp.int32))
-    size = params.layers.up.size
-    assert f"f32[{','.join(map(str, params.layers.up.shape))}]" in compiled.as_text().split("\n", 1)[0]
-    assert size and "constant({ { {" not in compiled.as_text()
-
-
 def test_a_quantized_base_is_adapted_but_not_merged():
     model = dataclasses.replace(TINY, width=32, mlp_width=32)
     params = core_params.init(model, jax.random.key(0))
