@@ -49,7 +49,7 @@ ADAPTERS: dict[str, tuple[str, dict]] = {
         "llama",
         {"r": 2, "use_dora": True, "target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
     ),
-    "mamba": ("mamba", {"r": 4, "target_modules": ["in_proj", "x_proj", "dt_proj"]}),
+    "mamba": ("mamba", {"r": 4, "target_modules": ["in_proj", "x_proj"]}),
     "mamba_dora": ("mamba_bias", {"r": 2, "use_dora": True, "target_modules": ["in_proj", "x_proj"]}),
     "mamba2": ("mamba2", {"r": 4, "lora_alpha": 12, "target_modules": ["in_proj"]}),
 }

@@ -40,7 +40,9 @@ _PREFIX = "base_model.model."
 _MARK = "ruvjax_format_version"
 _HINT = "an adapter folder holds adapter_config.json and adapter_model.safetensors"
 _TENSOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector(\.weight)?)")
-_NO_PEFT_MAMBA = ("out_proj", "conv1d")  # PEFT refuses them in Mamba: its fused kernels pass the modules by
+# Modules of Mamba whose weight transformers takes out of them: PEFT refuses to adapt the first, and at the second its
+# adapter stays zero and would do nothing.
+_PASSED_BY = ("out_proj", "dt_proj")
 
 
 def load_adapter(
@@ -72,6 +74,9 @@ def load_adapter(
         for name in described:
             if (module := modules[name]).path != path:
                 continue
+            if not isinstance(model, Transformer) and name.endswith("dt_proj"):
+                if own.dora or np.any(tensors[f"{name}.lora_B"]):
+                    raise _passed_by(str(folder / WEIGHTS), name)
             at = (module.layer,) if site.stacked else ()
             own_rank = described[name].rank
             a[(*at, slice(None), slice(own_rank))] = tensors[f"{name}.lora_A"].T
@@ -95,8 +100,8 @@ def save_adapter(
     """Write `adapters`, made by `config` over `model`, as a PEFT folder that PEFT loads; whole or not at all.
 
     base_model: the name or folder of the model that PEFT shall load them onto. An adapter folder of ours is replaced.
-    Raises InputError where the adapters are not such as `config` makes or are not finite, for sites that PEFT refuses
-    to adapt (Mamba's output projection), and where `folder` holds something that ruvjax did not write.
+    Raises InputError where the adapters are not such as `config` makes or are not finite, for sites that have no effect
+    there (Mamba's output and step projections), and where `folder` holds something that ruvjax did not write.
     """
     folder = Path(os.path.abspath(folder))
     _refuse_foreign(folder)
@@ -118,10 +123,8 @@ def save_adapter(
             if not rank:
                 continue
             name, at = names[path, layer], (layer,) if site.stacked else ()
-            if not isinstance(model, Transformer) and name.rsplit(".", 1)[-1] in _NO_PEFT_MAMBA:
-                raise InputError(
-                    f"{folder}: PEFT takes no adapter of {name}", "leave it out of the targets, or merge it"
-                )
+            if not isinstance(model, Transformer) and name.endswith(_PASSED_BY):
+                raise _passed_by(str(folder), name)
             described[name] = Described(rank, alpha)
             tensors[f"{name}.lora_A.weight"] = whole[0][at][:, :rank].T
             tensors[f"{name}.lora_B.weight"] = whole[1][at][:rank].T
@@ -137,6 +140,11 @@ def save_adapter(
         write_json(partial / CONFIG, peft_config(config, model, model_type, described, base_model))
 
     return write_folder(folder, write)
+
+
+def _passed_by(source: str, name: str) -> InputError:
+    hint = "leave it out of the targets, or merge it into the weights"
+    return InputError(f"{source}: an adapter of {name} has no effect in transformers", hint)
 
 
 def _read(

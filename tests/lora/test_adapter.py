@@ -40,9 +40,9 @@ BOARD |= {"prefix": 3, "cycles": 2, "updates": 1, "unroll": False}
 MODELS = {
     "transformer": TINY,
     "scanned": dataclasses.replace(TINY, unroll=False, qkv_bias=True),
-    "adaln": dataclasses.replace(TINY, time="adaln", norm="layer", mlp="gelu"),
+    "adaln": dataclasses.replace(TINY, time="adaln", norm="layer", mlp="gelu", unroll=False),
     "mamba": Mamba(vocab_size=16, layers=2, width=8, state=4, dt_rank=2, direction="both", unroll=False),
-    "mamba2": Mamba2(vocab_size=16, layers=2, width=8, state=4, head_dim=4, groups=2),
+    "mamba2": Mamba2(vocab_size=16, layers=2, width=8, state=4, head_dim=4, groups=2, unroll=False),
     "trm": TinyRecursive(**BOARD, copy=1, marks=2),
     "trm_axial": TinyRecursive(**BOARD, mixer="axial"),
 }

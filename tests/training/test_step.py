@@ -187,14 +187,15 @@ def test_what_the_objective_closes_over_is_an_argument_of_the_program(toy):
     """Weights that are not trained: large ones are handed in, and are neither donated nor written into the program."""
     frozen = jnp.ones((256, 256))
     state, _ = toy.setup()
-    state = state.replace(params={"scale": jnp.ones(256)}, opt_state=(), ema=None)
+    params, optimizer = {"scale": jnp.ones(256)}, optax.sgd(1.0)
+    state = state.replace(params=params, opt_state=optimizer.init(params), ema=None)
 
     def objective(params, carry, batch, key):
         loss = jnp.mean(jnp.square(params["scale"][None, :] @ frozen))
         return loss, (carry, {"loss_sum": loss, "tokens": jnp.float32(1)})
 
     compiled = compile_step(
-        make_step(objective, optax.sgd(1.0), lambda *_: jnp.float32(1e-4)), state, toy.Batches().__next__()
+        make_step(objective, optimizer, lambda *_: jnp.float32(1e-4)), state, toy.Batches().__next__()
     )
     first, metrics = compiled(state, toy.Batches().__next__())
     _, again = compiled(first, toy.Batches().__next__())
