@@ -55,12 +55,12 @@ def read_modules(model: Network, model_type: str) -> dict[str, Module]:
     found: dict[str, Module] = {}
     table = places(model, model_type)
     for path, spec in linear_sites(model).items():
-        place = table[f".{path}"]
+        place, (inner, outer) = table[f".{path}"], spec.shape[-2:]
         stacked = spec.axes[0] == "layers"
         for layer in range(spec.shape[0] if stacked else 1):
             own = path.replace("layers.", f"layers.{layer}.", 1) if stacked else path
             name = place.name.format(layer).removesuffix(".weight")
-            found[name] = Module(path, layer, *spec.shape[-2:], own)
+            found[name] = Module(path, layer, inner, outer, own)
     return found
 
 
