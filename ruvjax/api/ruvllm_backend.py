@@ -23,6 +23,7 @@ from ruvjax.api.ruvllm_precision import Precision
 from ruvjax.api.ruvllm_types import DeviceType, GenerateParams, MemoryStats, ModelConfig, ModelInfo, ModelSize
 from ruvjax.api.tokenizer_files import read_tokenizer
 from ruvjax.core import backend
+from ruvjax.core.adapted import Lora
 from ruvjax.core.params import count, unstack
 from ruvjax.core.tiered import Tiers
 from ruvjax.data.tokenize import Tokenizer
@@ -32,7 +33,6 @@ from ruvjax.decoding.text import Held, Pieces, add, rest, until
 from ruvjax.io.hub import download, model_path
 from ruvjax.io.huggingface import load_model
 from ruvjax.io.quantize import quantize_params
-from ruvjax.lora.delta import Lora
 from ruvjax.lora.sona import Sample
 from ruvjax.models.causal import LanguageModel, forward_left_of
 from ruvjax.models.transformer import Transformer

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ruvjax.core.adapted import low_rank
 from ruvjax.core.model import Output
-from ruvjax.lora.delta import low_rank
 from ruvjax.lora.sona import Sample
 from ruvjax.models.causal import LanguageModel, forward_left_of
 

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from ruvjax.api.ruvllm_errors import RuvLLMError
+from ruvjax.core.adapted import Lora
 from ruvjax.lora import micro
-from ruvjax.lora.delta import Lora
 from ruvjax.lora.ewc import EwcState, finish_task, nothing_learned, observe, squares_of_rows
 
 LARGEST = float(np.finfo(np.float32).max)

@@ -40,8 +40,8 @@ from ruvjax.api.ruvllm_sona_samples import (
     told,
 )
 from ruvjax.api.ruvllm_sona_types import AdaptationResult, LearningLoopStats, SonaLlmConfig, TrainingSample
+from ruvjax.core.adapted import low_rank
 from ruvjax.lora import sona as loops
-from ruvjax.lora.delta import low_rank
 from ruvjax.lora.sona import Consolidation, Deepening, Draw, Gradient, Pairs, Sona
 
 BATCH = 256  # samples that one consolidation reads: their hidden states are held together

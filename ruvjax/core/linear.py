@@ -1,53 +1,47 @@
 """The one doorway for matrix multiplies, and the readout to the vocabulary.
 
-A weight is an array or a `QuantizedWeight`, which is a constant. For arrays both carry a custom VJP. XLA:CPU hands a
+A weight is an array, a `QuantizedWeight`, which is a constant, or, for `linear`, either of them with a low-rank update
+beside it (`core.adapted`). For arrays both carry a custom VJP. XLA:CPU hands a
 dot to its fast kernels only where both operands are row-major and the contraction stands last on the left, first or
 last on the right; the weight gradient of autodiff contracts the leading dimension and, without a barrier, has its
 elementwise producers recomputed inside the dot. The backward rules here write each dot in a form that the fast kernels
 take (figures: experiments/bench). Products accumulate in float32 whatever the operands' dtype.
 """
 
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.layout import contract, contract_leading
 from kernels_pallas.quant_matmul import QuantizedWeight, quant_matmul, take
+from ruvjax.core.adapted import Adapted, Selected, column_factors, low_rank
+from ruvjax.core.product import product
 
 
 def linear(
-    x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"] | QuantizedWeight
+    x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"] | QuantizedWeight | Adapted
 ) -> Float[Array, "*batch outer"]:
-    """`x @ w` in the dtype of `x`, accumulated in float32. The gradient of `w` keeps the dtype of `w`."""
+    """`x @ w` in the dtype of `x`, accumulated in float32. The gradient of `w` keeps the dtype of `w`.
+
+    Raises ConfigError where adapters are chosen for other rows than those of `x`.
+    """
+    if isinstance(w, Adapted):
+        return _adapted(x, w)
     if isinstance(w, QuantizedWeight):
         return quant_matmul(x, w).astype(x.dtype)
-    return _linear(x, w)
+    return product(x, w)
 
 
-@jax.custom_vjp
-def _linear(x, w):
-    return _forward(x, w)
-
-
-def _forward(x, w):
-    flat = x.reshape(-1, x.shape[-1])
-    return contract(flat, w.astype(x.dtype), 1, 0).astype(x.dtype).reshape(*x.shape[:-1], w.shape[1])
-
-
-def _linear_fwd(x, w):
-    return _forward(x, w), (x, w)
-
-
-def _linear_bwd(saved, dy):
-    x, w = saved
-    flat = x.reshape(-1, x.shape[-1])
-    dy = lax.optimization_barrier(dy.reshape(-1, dy.shape[-1]))
-    dx = contract(dy, w.astype(dy.dtype), 1, 1).astype(x.dtype)
-    dw = contract_leading(flat, dy).astype(w.dtype)
-    return dx.reshape(x.shape), dw
-
-
-_linear.defvjp(_linear_fwd, _linear_bwd)
+def _adapted(x, w: Adapted):
+    update, weight = w.update, w.weight
+    if isinstance(update, Selected) or update.magnitude is None:
+        return linear(x, weight) + low_rank(x, update)
+    y = linear(x, weight) + low_rank(x, replace(update, magnitude=None))
+    factors = jnp.expand_dims(column_factors(weight, update), tuple(range(y.ndim - 1)))
+    return (y * factors).astype(x.dtype)
 
 
 def readout(

@@ -6,15 +6,34 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kernels_pallas.layout import contract
+from ruvjax.core.adapted import Adapted, Selected, column_factors
+from ruvjax.errors import ConfigError
 
 
-@jax.custom_vjp
-def mix(x: Float[Array, "inner *rest"], w: Float[Array, "inner outer"]) -> Float[Array, "outer *rest"]:
+def mix(x: Float[Array, "inner *rest"], w: Float[Array, "inner outer"] | Adapted) -> Float[Array, "outer *rest"]:
     """`w.T @ x` over the first axis, in the dtype of `x`, accumulated in float32.
 
     Where positions stand first, [length, batch, width], mixing them is one 2-D dot like any other: no transposed copy
-    of the activations, forward or backward. The gradient of `w` keeps the dtype of `w`.
+    of the activations, forward or backward. The gradient of `w` keeps the dtype of `w`. Raises ConfigError for adapters
+    that are chosen row by row.
     """
+    return _adapted(x, w) if isinstance(w, Adapted) else _mix(x, w)
+
+
+def _adapted(x, w: Adapted):
+    update = w.update
+    if isinstance(update, Selected):
+        raise ConfigError("a layer that mixes positions cannot choose adapters row by row", "give all rows one adapter")
+    scale = lax.stop_gradient(update.scale).astype(x.dtype)
+    y = _mix(x, w.weight) + _mix(_mix(x, update.a) * scale, update.b)
+    if update.magnitude is None:
+        return y
+    factors = jnp.expand_dims(column_factors(w.weight, update), tuple(range(1, y.ndim)))
+    return (y * factors).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _mix(x, w):
     return _forward(x, w)
 
 
@@ -41,4 +60,4 @@ def _mix_bwd(saved, dy):
     return dx.reshape(x.shape), dw
 
 
-mix.defvjp(_mix_fwd, _mix_bwd)
+_mix.defvjp(_mix_fwd, _mix_bwd)

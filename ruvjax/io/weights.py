@@ -80,7 +80,7 @@ def open_weights(folder: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
         try:
             opened = stack.enter_context(safe_open(path, framework="np"))
         except (SafetensorError, OSError) as error:
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
         shelf.update(dict.fromkeys(opened.keys(), (path, opened)))
     for name in promised:
         if name not in shelf or shelf[name][0].name != promised[name]:
@@ -101,7 +101,7 @@ def _read_index(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return [folder / name for name in sorted(set(mapping.values()))], mapping
 
 
-def _damaged(path: Path, error: Exception) -> InputError:
+def damaged(path: Path, error: Exception) -> InputError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return InputError(f"{path}: not a whole safetensors file ({reason})", "download or export it again")
 
@@ -120,7 +120,7 @@ class _Stored:
         try:
             array = self.opened.get_slice(self.name)[self.place.part(index)]
         except (SafetensorError, OSError) as error:
-            raise _damaged(self.path, error) from error
+            raise damaged(self.path, error) from error
         if not finite(array):
             raise InputError(f"{self.path}: {self.name} holds NaN or infinite numbers", "download or export it again")
         return self.place.read(array)

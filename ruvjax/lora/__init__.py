@@ -1,1 +1,1 @@
-"""Low-rank adapters: learned online, kept from forgetting."""
+"""Low-rank adapters: at any linear site of any model, composed, chosen from banks, learned online."""

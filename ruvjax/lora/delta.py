@@ -1,37 +1,19 @@
-"""Low-rank updates as what they add, the delta `scale * a @ b`: joined, cut to a rank, never formed as a matrix."""
+"""Updates that learn online: as they begin, and cut back to their rank without being formed as a matrix."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
-from flax import struct
-from jaxtyping import Array, Float
 
+from ruvjax.core.adapted import Lora
 
-@struct.dataclass
-class Lora:
-    """The update `scale * a @ b` of a weight [*, inner, outer]; * is the stacked layers axis, absent when unstacked."""
-
-    a: Float[Array, "*layers inner rank"]
-    b: Float[Array, "*layers rank outer"]
-    scale: Float[Array, "*layers"]
-    magnitude: Float[Array, "*layers outer"] | None = None
-
-
-def low_rank(x: Float[Array, "*batch inner"], update: Lora) -> Float[Array, "*batch outer"]:
-    """`scale * (x @ a) @ b` of an unstacked update, in float32."""
-    return update.scale * ((x.astype(jnp.float32) @ update.a) @ update.b)
+exact = functools.partial(jnp.matmul, precision="highest")  # accelerators round float32 factors by default
 
 
 def fresh(key: jax.Array, inner: int, outer: int, rank: int, scale: float = 1.0) -> Lora:
     """An update that adds nothing: b = 0, and columns of a of norm near 1 (Hu et al. 2021, arXiv:2106.09685)."""
     a = jax.random.normal(key, (inner, rank)) / jnp.sqrt(jnp.float32(inner))
     return Lora(a, jnp.zeros((rank, outer)), jnp.float32(scale))
-
-
-def join(*updates: Lora) -> Lora:
-    """The sum of updates of one site, as one of their summed rank."""
-    a = jnp.concatenate([u.a for u in updates], axis=-1)
-    b = jnp.concatenate([u.scale[..., None, None] * u.b for u in updates], axis=-2)
-    return Lora(a, b, jnp.ones(a.shape[:-2], jnp.float32))
 
 
 def cut(update: Lora, into: Lora) -> Lora:
@@ -44,10 +26,10 @@ def cut(update: Lora, into: Lora) -> Lora:
     rank = into.a.shape[-1]
     left, inner = jnp.linalg.qr(update.a)
     right, outer = jnp.linalg.qr(update.b.T)
-    u, size, v = jnp.linalg.svd(update.scale * inner @ outer.T, full_matrices=False)
+    u, size, v = jnp.linalg.svd(update.scale * exact(inner, outer.T), full_matrices=False)
     found = min(rank, size.shape[0])
-    a = jnp.pad(left @ u[:, :found], ((0, 0), (0, rank - found)))
-    b = jnp.pad(size[:found, None] * (right @ v[:found].T).T, ((0, rank - found), (0, 0)))
+    a = jnp.pad(exact(left, u[:, :found]), ((0, 0), (0, rank - found)))
+    b = jnp.pad(size[:found, None] * exact(right, v[:found].T).T, ((0, rank - found), (0, 0)))
     # Below this a singular value is rounding of the product, and its direction means nothing. What is not a number is
     # not below it: it stays to be seen.
     there = jnp.pad(~(size[:found] <= 1e-6 * jnp.maximum(size[0], 1e-30)), (0, rank - found))

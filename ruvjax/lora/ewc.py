@@ -23,8 +23,10 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from ruvjax.core.adapted import Lora
 from ruvjax.errors import ConfigError
-from ruvjax.lora.delta import Lora, cut, join
+from ruvjax.lora.compose import add
+from ruvjax.lora.delta import cut, exact
 
 SHIFT_SCORE = 2.0  # mean |z| of the coordinates beyond which a task has ended
 SHIFT_AFTER = 50  # observations before that is judged
@@ -120,12 +122,12 @@ def finish_task(state: EwcState, update: Lora, decay: float = 1.0) -> EwcState:
     seen = jnp.where(state.weight > 0, state.weight, 1.0)
     importance = jax.tree.map(lambda old, new: decay * old + new / seen, state.importance, state.running)
     nothing = jax.tree.map(jnp.zeros_like, state.running)
-    return EwcState(importance, join(update), nothing, jnp.zeros_like(state.weight), state.tasks + 1)
+    return EwcState(importance, add([update]), nothing, jnp.zeros_like(state.weight), state.tasks + 1)
 
 
 def _from_anchor(state: EwcState, update: Lora) -> Lora:
     """D - D*."""
-    return join(update, replace(state.anchor, scale=-state.anchor.scale))
+    return add([update, replace(state.anchor, scale=-state.anchor.scale)])
 
 
 def _total(fisher: Fisher) -> jax.Array:
@@ -142,8 +144,8 @@ def penalty(state: EwcState, update: Lora) -> Float[Array, ""]:
     """
     away = _from_anchor(state, update)
     weighted = state.importance.row[..., :, None] * away.a
-    rows = jnp.swapaxes(away.a, -1, -2) @ weighted
-    columns = (away.b * state.importance.column[..., None, :]) @ jnp.swapaxes(away.b, -1, -2)
+    rows = exact(jnp.swapaxes(away.a, -1, -2), weighted)
+    columns = exact(away.b * state.importance.column[..., None, :], jnp.swapaxes(away.b, -1, -2))
     return 0.5 * jnp.sum(jnp.sum(rows * columns, (-1, -2)) / _total(state.importance))
 
 
@@ -170,7 +172,7 @@ def pull(state: EwcState, update: Lora, strength: float | jax.Array) -> Lora:
     steepest = jnp.max(fisher.row) * jnp.max(fisher.column) / total
     step = jnp.minimum(strength, 1.0 / jnp.maximum(steepest, 1e-30))
     back = Lora(fisher.row[:, None] * away.a, away.b * fisher.column[None, :], -step / total)
-    return cut(join(update, back), update)
+    return cut(add([update, back]), update)
 
 
 def nothing_observed(size: int) -> Shift:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from ruvjax.lora.delta import Lora, fresh, low_rank
+from ruvjax.core.adapted import Lora, low_rank
+from ruvjax.lora.delta import fresh
 from ruvjax.lora.ewc import EwcState, pull
 
 MEMORY = 100  # requests over which the mean quality is taken

@@ -23,7 +23,9 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ruvjax.lora.delta import Lora, cut, fresh, join, low_rank
+from ruvjax.core.adapted import Lora, low_rank
+from ruvjax.lora.compose import add
+from ruvjax.lora.delta import cut, fresh
 from ruvjax.lora.ewc import (
     EwcState,
     Fisher,
@@ -123,12 +125,12 @@ def init_sona(key: jax.Array, inner: int, outer: int, micro_rank: int, base_rank
     keys = jax.random.split(key)
     micro = fresh(keys[0], inner, outer, micro_rank, alpha / micro_rank)
     base = fresh(keys[1], inner, outer, base_rank)
-    return Sona(micro, base, new_baseline(), nothing_learned(join(base, micro)), nothing_observed(inner))
+    return Sona(micro, base, new_baseline(), nothing_learned(add([base, micro])), nothing_observed(inner))
 
 
 def learned(state: Sona) -> Lora:
     """All that the site adds: both adapters as one."""
-    return join(state.base, state.micro)
+    return add([state.base, state.micro])
 
 
 @functools.cache
@@ -269,15 +271,15 @@ def consolidate(
     candidates: Lora = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], members, 0), begun.base)
 
     def step(candidates: Lora, _: None) -> tuple[Lora, None]:
-        def add(sums: tuple[jax.Array, jax.Array], given: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
+        def count_in(sums: tuple[jax.Array, jax.Array], given: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
             sample, group, share = given
             own: Lora = jax.tree.map(lambda leaf: leaf[group], candidates)
-            pairs = gradient_at(params, join(own, begun.micro), sample)
+            pairs = gradient_at(params, add([own, begun.micro]), sample)
             change = gradient(own, pairs.x, _direction(pairs))
             return (sums[0].at[group].add(share * change[0]), sums[1].at[group].add(share * change[1])), None
 
         zero = (jnp.zeros_like(candidates.a), jnp.zeros_like(candidates.b))
-        (a, b), _ = lax.scan(add, zero, (samples, groups, counted))
+        (a, b), _ = lax.scan(count_in, zero, (samples, groups, counted))
         size = settings.rate / sizes[:, None, None]
         return replace(candidates, a=candidates.a + size * a, b=candidates.b + size * b), None
 
@@ -342,16 +344,16 @@ def deep(
     def step(carried: tuple[Lora, Any], batch: jax.Array) -> tuple[tuple[Lora, Any], jax.Array]:
         base, memory = carried
 
-        def add(sums: Any, index: jax.Array) -> tuple[Any, None]:
+        def count_in(sums: Any, index: jax.Array) -> tuple[Any, None]:
             sample: Any = jax.tree.map(lambda leaf: leaf[index], samples)
-            pairs = gradient_at(params, join(base, begun.micro), sample)
+            pairs = gradient_at(params, add([base, begun.micro]), sample)
             here = (*gradient(base, pairs.x, _direction(pairs)), pairs.value, jnp.float32(1.0))
             return jax.tree.map(
                 lambda old, new: old + jnp.where(weight[index] > 0, weight[index] * new, 0), sums, here
             ), None
 
         zero = (jnp.zeros_like(base.a), jnp.zeros_like(base.b), jnp.float32(0), jnp.float32(0))
-        (a, b, value, total), _ = lax.scan(add, zero, batch)
+        (a, b, value, total), _ = lax.scan(count_in, zero, batch)
         total = jnp.maximum(total, 1e-30)
 
         def kept(factors: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -203,7 +203,7 @@ class TinyRecursive:
             answer_start=declare((d,), (None,), "normal"),
             latent_start=declare((d,), (None,), "normal"),
             puzzles=declare((self.puzzles, d), ("puzzles", "embed"), "zeros") if self.puzzles else None,
-            marks=declare((self.marks, d), (None, "embed"), "normal", 1 / math.sqrt(d)) if self.marks > 1 else None,
+            marks=declare((self.marks, d), ("marks", "embed"), "normal", 1 / math.sqrt(d)) if self.marks > 1 else None,
             copy=self._copy_spec(),
         )
 
@@ -376,7 +376,7 @@ class TinyRecursive:
         positions = jnp.arange(length, dtype=jnp.int32)[None, :]
         return rotations(positions, self.width // self.heads, self.rope_theta, RopeScaling())
 
-    def _attend(self, x: jax.Array, qkv: jax.Array, o: jax.Array, mask: Mask, turn: Any, impl: str | None) -> jax.Array:
+    def _attend(self, x: jax.Array, qkv: Any, o: Any, mask: Mask, turn: Any, impl: str | None) -> jax.Array:
         batch, length, d = x.shape
         parts = jnp.split(linear(x, qkv), 3, axis=-1)
         q, k, v = (part.reshape(batch, length, self.heads, d // self.heads) for part in parts)

@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from ruvjax.training.objective import Objective, gradient_of
 from ruvjax.training.state import TrainState
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 Rate = Callable[[jax.Array, jax.Array], jax.Array]
+EMBEDDED_BYTES = 2**16  # larger arrays that a step closes over are handed to its program, not written into it
 
 
 def make_step(
@@ -64,6 +67,19 @@ def average(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
 
 def compile_step(step: Step, state: TrainState, batch: Any) -> Step:
     """Compile `step` for the shapes and device layout of `state` and `batch`. The state's buffers are donated: use the
-    returned state and never the one passed in. The new state keeps the old one's layout."""
+    returned state and never the one passed in. The new state keeps the old one's layout.
+
+    Large arrays that the objective closes over, such as weights that are not trained, become arguments of the program.
+    As constants inside it they would be there twice, and beyond 2 GB could not be compiled.
+    """
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None)).lower(state, batch).compile()
+    traced, shapes = jax.make_jaxpr(step, return_shape=True)(state, batch)
+    large = {i: x for i, x in enumerate(traced.consts) if isinstance(x, jax.Array) and x.nbytes > EMBEDDED_BYTES}
+
+    def program(given: dict[int, jax.Array], state: TrainState, batch: Any) -> Any:
+        constants = [given.get(i, x) for i, x in enumerate(traced.consts)]
+        leaves = jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, constants))(*jax.tree.leaves((state, batch)))
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+    jitted = jax.jit(program, donate_argnums=1, out_shardings=(layout, None))
+    return partial(jitted.lower(large, state, batch).compile(), large)

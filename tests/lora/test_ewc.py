@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ruvjax.core.adapted import Lora
 from ruvjax.errors import ConfigError
 from ruvjax.lora import ewc
-from ruvjax.lora.delta import Lora, join
+from ruvjax.lora.compose import add
 
 INNER, OUTER, RANK = 6, 4, 2
 
@@ -50,7 +51,7 @@ def regauged(lora: Lora, seed: int = 9) -> Lora:
 @pytest.mark.parametrize("layers", [(), (3,)])
 def test_the_penalty_is_the_dense_one(layers):
     state = after_a_task(*layers)
-    for update in (lora_of(3, *layers), join(lora_of(4, *layers), lora_of(5, *layers))):
+    for update in (lora_of(3, *layers), add([lora_of(4, *layers), lora_of(5, *layers)])):
         np.testing.assert_allclose(ewc.penalty(state, update), dense_penalty(state, update), rtol=1e-5)
     np.testing.assert_allclose(ewc.penalty(state, lora_of(2, *layers)), 0, atol=1e-4)
     assert float(ewc.penalty(ewc.nothing_learned(lora_of(0)), lora_of(3))) == 0

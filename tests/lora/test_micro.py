@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ruvjax.core.adapted import Lora, low_rank
 from ruvjax.lora import ewc, micro
-from ruvjax.lora.delta import Lora, cut, fresh, join, low_rank
+from ruvjax.lora.compose import add
+from ruvjax.lora.delta import cut, fresh
 
 INNER, OUTER, RANK, MODULES = 7, 5, 2, 3
 adapt = jax.jit(micro.adapt, static_argnames="dropout")
@@ -145,7 +147,7 @@ def test_ewc_holds_a_module_back():
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_a_cut_is_the_best_approximation(rank):
-    update = join(lora_of(0), lora_of(1, scale=-0.3))
+    update = add([lora_of(0), lora_of(1, scale=-0.3)])
     found = cut(update, fresh(jax.random.key(5), INNER, OUTER, rank, 2.0))
     u, s, v = np.linalg.svd(delta_of(update))
     s[rank:] = 0
@@ -155,7 +157,7 @@ def test_a_cut_is_the_best_approximation(rank):
 
 def test_directions_that_are_not_used_can_be_learned():
     into = fresh(jax.random.key(5), INNER, OUTER, 4)
-    found = cut(join(lora_of(0), fresh(jax.random.key(6), INNER, OUTER, 1)), into)
+    found = cut(add([lora_of(0), fresh(jax.random.key(6), INNER, OUTER, 1)]), into)
     assert np.array_equal(found.a[:, 2:], into.a[:, 2:]) and not np.any(found.b[2:])
     assert np.isfinite(np.asarray(cut(fresh(jax.random.key(7), INNER, OUTER, 2), into).a)).all()
     assert np.isnan(np.asarray(cut(lora_of(0, scale=np.nan), into).b)).any()  # broken numbers are not taken for unused

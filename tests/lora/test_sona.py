@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 
+from ruvjax.core.adapted import Lora, low_rank
 from ruvjax.errors import ConfigError
 from ruvjax.lora import ewc, sona
-from ruvjax.lora.delta import Lora, low_rank
 from ruvjax.lora.sona import Consolidation, Deepening, Sample, Strategy
 
 WIDTH, VOCAB, ROWS = 12, 9, 6

@@ -1,8 +1,11 @@
 """The optimisation step: accumulation, averaging, the guard against non-finite values, donation, layouts."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -10,7 +13,7 @@ from ruvjax.core.params import shardings
 from ruvjax.core.sharding import RULES, MeshConfig, batch_sharding, make_mesh
 from ruvjax.training.objective import gradient_of
 from ruvjax.training.state import params_sha256
-from ruvjax.training.step import compile_step
+from ruvjax.training.step import compile_step, make_step
 
 
 def run(toy, steps, batches=None, place_batch=lambda batch: batch, **setup):
@@ -178,3 +181,25 @@ def test_a_mesh_gives_the_losses_of_one_device(toy, mesh, accumulation, kind):
     assert moments and all(leaf.sharding.is_equivalent_to(layout.mix, 3) for leaf in moments)
     assert all(isinstance(leaf.sharding, NamedSharding) for leaf in jax.tree.leaves(state))
     assert state.step.sharding == NamedSharding(mesh, PartitionSpec())
+
+
+def test_what_the_objective_closes_over_is_an_argument_of_the_program(toy):
+    """Weights that are not trained: large ones are handed in, and are neither donated nor written into the program."""
+    frozen = jnp.ones((256, 256))
+    state, _ = toy.setup()
+    params, optimizer = {"scale": jnp.ones(256)}, optax.sgd(1.0)
+    state = state.replace(params=params, opt_state=optimizer.init(params), ema=None)
+
+    def objective(params, carry, batch, key):
+        loss = jnp.mean(jnp.square(params["scale"][None, :] @ frozen))
+        return loss, (carry, {"loss_sum": loss, "tokens": jnp.float32(1)})
+
+    compiled = compile_step(
+        make_step(objective, optimizer, lambda *_: jnp.float32(1e-4)), state, toy.Batches().__next__()
+    )
+    first, metrics = compiled(state, toy.Batches().__next__())
+    _, again = compiled(first, toy.Batches().__next__())
+    assert float(metrics["loss"]) == 256**2 and float(again["loss"]) < float(metrics["loss"])
+    text = compiled.func.as_text()
+    assert "f32[256,256]" in text.splitlines()[0] and not re.search(r"f32\[256,256\]\S* constant", text)
+    np.testing.assert_array_equal(frozen, np.ones((256, 256)))
