@@ -8,7 +8,7 @@ import pytest
 from ruvjax.core.adapted import Lora, low_rank
 from ruvjax.lora import ewc, micro
 from ruvjax.lora.compose import add
-from ruvjax.lora.delta import cut, fresh
+from ruvjax.lora.delta import cut, fresh, tall_qr
 
 INNER, OUTER, RANK, MODULES = 7, 5, 2, 3
 adapt = jax.jit(micro.adapt, static_argnames="dropout")
@@ -161,3 +161,12 @@ def test_directions_that_are_not_used_can_be_learned():
     assert np.array_equal(found.a[:, 2:], into.a[:, 2:]) and not np.any(found.b[2:])
     assert np.isfinite(np.asarray(cut(fresh(jax.random.key(7), INNER, OUTER, 2), into).a)).all()
     assert np.isnan(np.asarray(cut(lora_of(0, scale=np.nan), into).b)).any()  # broken numbers are not taken for unused
+
+
+@pytest.mark.parametrize("rows,rank", [(40, 5), (1030, 5), (2048, 3), (3, 5)])
+def test_a_tall_factorisation_by_blocks(rows, rank):
+    matrix = jax.random.normal(jax.random.key(0), (rows, rank)).at[:, -1].set(0.0)  # a column that adds nothing
+    q, r = jax.jit(tall_qr)(matrix)
+    assert q.shape == (rows, min(rows, rank)) and np.allclose(r, np.triu(r))
+    np.testing.assert_allclose(np.asarray(q, np.float64) @ np.asarray(r, np.float64), matrix, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(q).T @ np.asarray(q), np.eye(q.shape[1]), atol=1e-5)
