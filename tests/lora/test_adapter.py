@@ -36,7 +36,7 @@ from ruvjax.training.step import compile_step, make_step
 
 TINY = Transformer(vocab_size=16, layers=2, width=16, heads=2, kv_heads=1, mlp_width=24, max_length=16)
 BOARD = {"vocab_size": 6, "length": 9, "rows": 3, "columns": 3, "width": 8, "heads": 2, "mlp_width": 12, "mix_width": 8}
-BOARD |= {"prefix": 3, "cycles": 2, "updates": 1, "unroll": False}
+BOARD |= {"prefix": 3, "cycles": 1, "updates": 1, "unroll": False}
 MODELS = {
     "transformer": TINY,
     "scanned": dataclasses.replace(TINY, unroll=False, qkv_bias=True),
