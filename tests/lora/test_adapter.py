@@ -110,7 +110,9 @@ def test_the_linear_sites_of_a_family(name):
     assert set(plan(LoraConfig(targets=("all-linear",)), MODELS[name])) == layers
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "trm" else []) for name in MODELS]
+)
 def test_a_new_adapter_changes_nothing_and_a_trained_one_is_the_merged_weights(name):
     model, wide = MODELS[name], MODELS[name].dtype == "float64"
     with jax.enable_x64(wide):
