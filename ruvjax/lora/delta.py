@@ -41,18 +41,21 @@ def cut(update: Lora, into: Lora) -> Lora:
 
     Both unstacked. The result depends on the delta of `update` alone, not on its factors: a has orthonormal columns,
     and b carries the singular values. Directions that the delta does not have keep the columns of `into.a` with b = 0,
-    so that they can be learned. O((inner + outer) rank^2).
+    so that they can be learned. O((inner + outer) rank^2). Where the update is not finite, b is NaN: LAPACK, which can
+    loop for ever over such numbers, does not see them.
     """
     rank = into.a.shape[-1]
-    left, inner = tall_qr(update.a)
-    right, outer = tall_qr(update.b.T)
-    u, size, v = jnp.linalg.svd(update.scale * exact(inner, outer.T), full_matrices=False)
+    finite = jnp.all(jnp.isfinite(update.a)) & jnp.all(jnp.isfinite(update.b))
+    left, inner = tall_qr(jnp.where(finite, update.a, 0.0))
+    right, outer = tall_qr(jnp.where(finite, update.b, 0.0).T)
+    core = update.scale * exact(inner, outer.T)
+    finite = finite & jnp.all(jnp.isfinite(core))
+    u, size, v = jnp.linalg.svd(jnp.where(finite, core, 0.0), full_matrices=False)
     found = min(rank, size.shape[0])
     a = jnp.pad(exact(left, u[:, :found]), ((0, 0), (0, rank - found)))
     b = jnp.pad(size[:found, None] * exact(right, v[:found].T).T, ((0, rank - found), (0, 0)))
-    # Below this a singular value is rounding of the product, and its direction means nothing. What is not a number is
-    # not below it: it stays to be seen.
-    there = jnp.pad(~(size[:found] <= 1e-6 * jnp.maximum(size[0], 1e-30)), (0, rank - found))
+    # Below this a singular value is rounding of the product, and its direction means nothing.
+    there = jnp.pad(size[:found] > 1e-6 * jnp.maximum(size[0], 1e-30), (0, rank - found))
     a = jnp.where(there[None, :], a, into.a)
-    b = jnp.where(there[:, None], b, 0.0) / into.scale
+    b = jnp.where(finite, jnp.where(there[:, None], b, 0.0) / into.scale, jnp.nan)
     return Lora(a, b, into.scale)

@@ -160,7 +160,9 @@ def test_directions_that_are_not_used_can_be_learned():
     found = cut(add([lora_of(0), fresh(jax.random.key(6), INNER, OUTER, 1)]), into)
     assert np.array_equal(found.a[:, 2:], into.a[:, 2:]) and not np.any(found.b[2:])
     assert np.isfinite(np.asarray(cut(fresh(jax.random.key(7), INNER, OUTER, 2), into).a)).all()
-    assert np.isnan(np.asarray(cut(lora_of(0, scale=np.nan), into).b)).any()  # broken numbers are not taken for unused
+    for broken in (np.nan, np.inf):  # not taken for unused
+        for update in (lora_of(0, scale=broken), lora_of(0).replace(a=lora_of(0).a.at[2, 1].set(broken))):
+            assert np.isnan(np.asarray(cut(update, into).b)).all()
 
 
 @pytest.mark.parametrize("rows,rank", [(40, 5), (1030, 5), (2048, 3), (3, 5)])
