@@ -1,6 +1,6 @@
 """Measure ours against peers: `python -m experiments.bench name=diffusion [peer.path=DIR] [peer.python=PATH]`.
 
-    name         which benchmark: decode, diffusion, kernels, mamba, trm
+    name         which benchmark: banks, decode, diffusion, kernels, mamba, trm
     rows         only these rows, separated by commas (default: all; the file then keeps the other rows it had)
     rounds       how often the sides take turns (default 3)
     peer.path    a checkout of the peer that has to be imported from one (tiny-diffusion, TinyRecursiveModels)
@@ -25,6 +25,7 @@ from rich.table import Table
 
 from experiments.bench.measure import Side, alternate, available, launch
 from experiments.bench.rows import MAKE, Row, diffusion
+from experiments.bench.rows_banks import banks
 from experiments.bench.rows_decode import decode
 from experiments.bench.rows_kernels import kernels
 from experiments.bench.rows_mamba import mamba
@@ -34,12 +35,19 @@ from ruvjax.core.backend import compute_threads
 from ruvjax.core.files import write_json
 from ruvjax.errors import ConfigError, RunError, RuvjaxError
 
-BENCHMARKS = {"decode": decode, "diffusion": diffusion, "kernels": kernels, "mamba": mamba, "trm": trm}
+BENCHMARKS = {
+    "banks": banks,
+    "decode": decode,
+    "diffusion": diffusion,
+    "kernels": kernels,
+    "mamba": mamba,
+    "trm": trm,
+}
 RESULTS = Path(__file__).resolve().parent / "results"
 # Told beside the table where a row has them.
-FACTS = tuple(
-    f"{side}_{name}" for name in ("weight_bytes", "accuracy", "passes_per_token") for side in ("ours", "theirs")
-) + ("same_tokens",)
+FACTS = re.compile(
+    "same_tokens|(ours|theirs)_(weight_bytes|accuracy|passes_per_token|recall_.*|p[0-9]+_ms_.*|step_ms.*|.*bank_bytes)"
+)
 USAGE = "usage: python -m experiments.bench name=NAME [rows=A,B] [rounds=3] [peer.path=DIR] [peer.python=PATH]"
 
 
@@ -157,7 +165,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         theirs = "-" if row["theirs"] is None else f"{row['theirs']:,.{digits}f}"
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
         settings = (row["ours_settings"], row["theirs_settings"] or "-")
-        facts = [f"{name} {row[name]:,.3f}".removesuffix(".000") for name in FACTS if name in row]
+        facts = [f"{name} {row[name]:,.3f}".removesuffix(".000") for name in row if FACTS.fullmatch(name)]
         if facts:
             console.print(f"{row['name']}: {', '.join(facts)}", markup=False)
         table.add_row(row["name"], f"{row['ours']:,.{digits}f}", theirs, row["unit"], ratio, row["peer"], *settings)
