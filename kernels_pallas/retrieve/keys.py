@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -35,10 +36,10 @@ class Keys:
         return self.values.shape[1]
 
 
-def keys_of(values: Float[Array, "capacity dim"]) -> Keys:
+def keys_of(values: Float[Array | np.ndarray, "capacity dim"]) -> Keys:
     """Keys with these vectors, each in the slot of its row."""
     capacity, dim = values.shape
-    values = values.astype(jnp.float32)
+    values = jnp.asarray(values, jnp.float32)
     codes, scale, norm, error = _quantized(values)
     padded = jnp.pad(codes, ((0, -capacity % LANES), (0, -dim % 4)), constant_values=128)
     groups = padded.reshape(-1, LANES, padded.shape[1] // 4, 4).swapaxes(1, 2)

@@ -89,9 +89,9 @@ def empty(capacity: int, rank: int, hidden: int, key_dim: int = 0, dtype: Any = 
 
 
 def filled(
-    keys: Float[Array, "count key_dim"],
-    a: Float[Array, "count hidden rank"],
-    b: Float[Array, "count rank hidden"],
+    keys: Float[Array | np.ndarray, "count key_dim"],
+    a: Float[Array | np.ndarray, "count hidden rank"],
+    b: Float[Array | np.ndarray, "count rank hidden"],
     capacity: int = 0,
     dtype: Any = jnp.bfloat16,
 ) -> Bank:
@@ -103,12 +103,13 @@ def filled(
     capacity = capacity or count
     if a.shape[0] != count or b.shape != (count, a.shape[2], a.shape[1]) or not 0 < count <= capacity:
         raise ConfigError(f"keys {keys.shape}, a {a.shape} and b {b.shape} make no bank of capacity {capacity}")
-    norms = jnp.linalg.norm(keys.astype(jnp.float32), axis=1)
+    keys, a, b = jnp.asarray(keys, jnp.float32), jnp.asarray(a), jnp.asarray(b)
+    norms = jnp.linalg.norm(keys, axis=1)
     sound = jnp.isfinite(norms) & (norms > SMALLEST) & _finite(a, (1, 2)) & _finite(b, (1, 2))
     if not bool(jnp.all(sound)):
         raise InputError(f"adapter {int(jnp.argmin(sound))} or its key is not finite, or its key is zero")
     room = ((0, capacity - count), (0, 0))
-    unit = jnp.pad(keys.astype(jnp.float32) / norms[:, None], room)
+    unit = jnp.pad(keys / norms[:, None], room)
     made = (jnp.pad(part.astype(dtype), (*room, (0, 0))) for part in (a, b))
     return _bank(search.keys_of(unit), *made, count)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -61,7 +62,7 @@ def begin(
     inner: Any,
     *,
     guide: DGR | None = None,
-    segments: Int[Array, "batch length"] | None = None,
+    segments: Int[Array | np.ndarray, "batch length"] | None = None,
 ) -> Memory:
     """The carry before the first step. `segments` marks padding by 0. Under the sampler's guidance `batch` counts both
     halves."""

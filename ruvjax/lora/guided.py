@@ -117,12 +117,12 @@ def uncertainty(
     if config.metric == "head":
         if head is None or hidden is None:
             raise ConfigError("dgr.metric=head needs a head and hidden states", "fit one with guided.fit_head")
-        return jax.nn.sigmoid(jnp.sum(hidden.astype(jnp.float32) * head.weight, axis=-1) + head.bias)
+        return jax.nn.sigmoid(jnp.matmul(hidden.astype(jnp.float32), head.weight, precision="highest") + head.bias)
     logits = logits.astype(jnp.float32)
     vocabulary = logits.shape[-1]
     top = jnp.max(logits, axis=-1, keepdims=True)
     if config.metric == "gap":
-        best = jnp.argmax(logits, axis=-1)[..., None] == jnp.arange(vocabulary, dtype=jnp.int32)
+        best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), vocabulary, dtype=bool)
         second = jnp.max(jnp.where(best, -jnp.inf, logits), axis=-1)
         return 2 * jax.nn.sigmoid(second - top[..., 0])
     shifted = logits - top

@@ -46,17 +46,17 @@ def test_recall_counts_what_is_missed_and_what_left_the_bank_is_not_returned():
     unit = np.asarray(bank.keys.values[:40])
     index = ann.Index(Exact(unit, np.arange(40)), 48, 1, 1)
     found = jax.jit(index.search, static_argnums=2)(bank, jnp.asarray(keys[:6]), 5)
-    exact = banking.retrieve(bank, keys[:6], 5)
+    exact = banking.retrieve(bank, jnp.asarray(keys[:6]), 5)
     np.testing.assert_array_equal(found[0], exact[0])
     np.testing.assert_allclose(found[1], exact[1], atol=1e-6)
     assert ann.recall(index, bank, jnp.asarray(keys), 5) == 1.0
-    best = np.asarray(banking.retrieve(bank, keys[:1], 5)[0][0])
+    best = np.asarray(banking.retrieve(bank, jnp.asarray(keys[:1]), 5)[0][0])
     missing = ann.Index(Exact(unit, np.arange(40), missed=best[1:3]), 48, 1, 1)
     assert ann.recall(missing, bank, jnp.asarray(keys[:1]), 5) == pytest.approx(0.6)
     # What was removed, and a slot that holds another adapter by now.
     less, _ = banking.remove(bank, int(best[0]))
     less, _ = banking.remove(less, int(best[1]))
-    key, a, b = -np.asarray(keys[0]), np.ones((12, 1), np.float32), np.ones((1, 12), np.float32)
+    key, a, b = -jnp.asarray(keys[0]), jnp.ones((12, 1)), jnp.ones((1, 12))
     filled = less
     for _ in range(2):
         filled, _ = banking.store(filled, key, a, b)

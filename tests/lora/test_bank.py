@@ -134,7 +134,7 @@ def test_queries_that_ask_for_nothing(half):
     assert (np.asarray(slots) == -1).all()
     for wrong, k, message in ((queries[:, :4], 2, "width 4"), (queries, 9, "top_k=9"), (queries, 0, "top_k=0")):
         with pytest.raises(ConfigError, match=message):
-            banking.retrieve(half, wrong, k)
+            banking.retrieve(half, jnp.asarray(wrong), k)
     for sizes in ((0, 1, 4), (4, 0, 4), (4, 1, 0), (True, 1, 4)):
         with pytest.raises(ConfigError, match="from 1 on"):
             banking.empty(*sizes)

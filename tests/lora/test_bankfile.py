@@ -32,7 +32,7 @@ def banks(seed=0, count=5):
         )
         bank = banking.filled(*parts, capacity=20, dtype=dtype)
         bank, _ = banking.remove(bank, 1)
-        made.append(banking.record(banking.touch(bank, np.int32([3])), np.int32([3]), np.float32([0.5])))
+        made.append(banking.record(banking.touch(bank, jnp.asarray([3])), jnp.asarray([3]), jnp.asarray([0.5])))
     return tuple(made)
 
 
@@ -56,7 +56,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
     bankfile.save(path, banks(), {"note": "é"})
     loaded, meta = bankfile.load(path)
     assert same(loaded, banks()) and meta == {"note": "é"} and not same(loaded, banks(1))
-    queries = np.random.default_rng(3).normal(size=(4, 8)).astype(np.float32)
+    queries = jnp.asarray(np.random.default_rng(3).normal(size=(4, 8)), jnp.float32)
     for mine, its in zip(loaded, banks(), strict=True):
         np.testing.assert_array_equal(banking.retrieve(mine, queries, 6)[0], banking.retrieve(its, queries, 6)[0])
     with safe_open(path, "np") as file:  # any reader of safetensors can look into it
