@@ -92,7 +92,7 @@ class TALoRA:
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"talora.temperature={self.temperature!r} must be positive")
 
-    def bank_of(self, t: float) -> int:
+    def bank_of(self, t: float | int) -> int:
         """The bank that an adapter trained at timestep `t` is stored in."""
         return sum(t <= boundary for boundary in self.boundaries)
 
@@ -134,7 +134,7 @@ def blend(config: TALoRA, t: Float[Array, "batch"]) -> Float[Array, "banks batch
     """The share of each bank at timesteps `t`: within a transition (b + w - t) / (2 w) for the bank of the lower t and
     the rest for the other. They sum to 1."""
 
-    def lower(boundary: float) -> jax.Array:
+    def lower(boundary: float | int) -> jax.Array:
         if not config.width:
             return (t <= boundary).astype(jnp.float32)
         return jnp.clip((boundary + config.width - t) / (2 * config.width), 0.0, 1.0)

@@ -79,45 +79,57 @@ def test_what_selects_nothing_leaves_every_bit():
     assert np.array_equal(np.asarray(found).view(np.int32), np.asarray(x).view(np.int32))
 
 
-def deltas(model, params, layer, update, **options):
-    with_, without = (
-        np.asarray(model.apply(dataclasses.replace(params, residual=r), TOKENS, **options).hidden)
+hidden_of = jax.jit(
+    lambda model, params, tokens, **options: model.apply(params, tokens, **options).hidden, static_argnums=0
+)
+
+
+def adapted(model, params, layer, update, **options):
+    """The hidden states with the update, which must do something."""
+    found, plain = (
+        np.asarray(hidden_of(model, dataclasses.replace(params, residual=r), TOKENS, **options))
         for r in (Residual(update, layer), None)
     )
-    assert np.abs(with_ - without).max() > 0.01
-    return with_
+    assert np.abs(found - plain).max() > 0.01
+    return found
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("model", [TRANSFORMER, MAMBA], ids=["transformer", "mamba"])
-def test_every_way_of_running_the_layers_agrees(model, layer):
+def test_every_way_of_running_the_layers_agrees(model):
     params = init(model, jax.random.key(0))
-    update = (WHOLE, SPOTS)
-    one = deltas(model, params, layer, update)
-    np.testing.assert_allclose(deltas(dataclasses.replace(model, unroll=False), params, layer, update), one, atol=1e-5)
-    np.testing.assert_allclose(deltas(model, unstack(params, 3), layer, update), one, atol=1e-5)
-    if model is MAMBA and layer == 1:  # the stream before each layer is there to compare with
-        inner = model.apply(dataclasses.replace(params, residual=None), TOKENS, trace=True).aux["layers"]
-        table = inner[1] + jnp.asarray(added(WHOLE, inner[1]) + added(SPOTS, inner[1]), jnp.float32)
-        rest = dataclasses.replace(model, layers=2, vocab_size=2 * LENGTH, tied_head=False)
-        layers = jax.tree.map(lambda w: w[1:], params.layers)
-        given = dataclasses.replace(params, embedding=table.reshape(-1, WIDTH), layers=layers, head=params.embedding)
-        wanted = rest.apply(given, jnp.arange(2 * LENGTH, dtype=jnp.int32).reshape(2, LENGTH)).hidden
-        np.testing.assert_allclose(one, wanted, atol=1e-4)
+    update, found = (WHOLE, SPOTS), {}
+    for layer in (0, 1, 2):
+        one = found[layer] = adapted(model, params, layer, update)
+        scanned = adapted(dataclasses.replace(model, unroll=False), params, layer, update)
+        np.testing.assert_allclose(scanned, one, atol=1e-5)
+    np.testing.assert_allclose(adapted(model, unstack(params, 3), 1, update), found[1], atol=1e-5)
+    assert np.abs(found[1] - found[0]).max() > 0.01 < np.abs(found[2] - found[1]).max()
+
+
+def test_the_update_reads_and_changes_the_stream_before_its_layer():
+    """Mamba tells the stream before each layer: what the rest of the layers makes of it and the dense update."""
+    params = init(MAMBA, jax.random.key(0))
+    stream = MAMBA.apply(params, TOKENS, trace=True).aux["layers"][1]
+    table = stream + jnp.asarray(added(WHOLE, stream) + added(SPOTS, stream), jnp.float32)
+    rest = dataclasses.replace(MAMBA, layers=2, vocab_size=2 * LENGTH, tied_head=False)
+    layers = jax.tree.map(lambda w: w[1:], params.layers)
+    given = dataclasses.replace(params, embedding=table.reshape(-1, WIDTH), layers=layers, head=params.embedding)
+    wanted = hidden_of(rest, given, jnp.arange(2 * LENGTH, dtype=jnp.int32).reshape(2, LENGTH))
+    np.testing.assert_allclose(adapted(MAMBA, params, 1, (WHOLE, SPOTS)), wanted, atol=1e-4)
 
 
 def test_the_other_passes_of_the_transformer_agree():
     """Over keys and values that are held, and over a cache with padding in the middle of the chunk."""
     params = dataclasses.replace(init(TRANSFORMER, jax.random.key(0)), residual=Residual((WHOLE, SPOTS), 1))
-    one = TRANSFORMER.apply(params, TOKENS).hidden
+    one = hidden_of(TRANSFORMER, params, TOKENS)
     for model in (TRANSFORMER, dataclasses.replace(TRANSFORMER, unroll=False)):
-        held, _ = model.over(params, TOKENS, model.nothing_held(2, LENGTH))
+        held, _ = jax.jit(model.over)(params, TOKENS, model.nothing_held(2, LENGTH))
         np.testing.assert_allclose(held, one, atol=1e-5)
     segments = jnp.asarray([[1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 0, 1]], jnp.int32)
     mask = Mask(causal=True, segments=segments)
-    cached = TRANSFORMER.apply(params, TOKENS, mask=mask, cache=TRANSFORMER.empty_cache(2, LENGTH)).hidden
-    positions = jnp.cumsum(segments, axis=1) - 1
-    plain = TRANSFORMER.apply(params, TOKENS, mask=mask, positions=jnp.maximum(positions, 0)).hidden
+    cached = hidden_of(TRANSFORMER, params, TOKENS, mask=mask, cache=TRANSFORMER.empty_cache(2, LENGTH))
+    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
+    plain = hidden_of(TRANSFORMER, params, TOKENS, mask=mask, positions=positions)
     real = np.asarray(segments) != 0
     np.testing.assert_allclose(np.asarray(cached)[real], np.asarray(plain)[real], atol=1e-5)
 
@@ -126,12 +138,12 @@ def test_padding_in_mambas_rows_moves_what_is_chosen_by_position():
     params = init(MAMBA, jax.random.key(0))
     segments = jnp.asarray([[0, 1, 0, 1, 1, 1], [1, 1, 1, 1, 0, 1]], jnp.int32)
     real = np.asarray(segments) != 0
-    found = deltas(MAMBA, params, 1, EACH, segments=segments)
+    found = adapted(MAMBA, params, 1, EACH, segments=segments)
     for row in range(2):
         at = np.flatnonzero(real[row])
         ids, weights = (part[row : row + 1, at] for part in (EACH.ids, EACH.weights))
         alone = dataclasses.replace(params, residual=Residual(Selected(*BANK, ids, weights), 1))
-        wanted = MAMBA.apply(alone, TOKENS[row : row + 1, at]).hidden
+        wanted = hidden_of(MAMBA, alone, TOKENS[row : row + 1, at])
         np.testing.assert_allclose(found[row, at], wanted[0], atol=1e-5)
     source = jnp.asarray([[2, 0, 1]], jnp.int32)
     spots = reordered(Residual(Spots(jnp.asarray([[0]], jnp.int32), SPOTS.update), 0), source, jnp.asarray([[1, 2, 0]]))
@@ -140,7 +152,7 @@ def test_padding_in_mambas_rows_moves_what_is_chosen_by_position():
 
 def test_mamba2_takes_them_too():
     model = Mamba2(vocab_size=20, layers=2, width=WIDTH, state=4, head_dim=8)
-    deltas(model, init(model, jax.random.key(0)), 1, WHOLE)
+    adapted(model, init(model, jax.random.key(0)), 1, WHOLE)
 
 
 def test_without_updates_programs_are_what_they_were_and_a_missing_layer_is_named():

@@ -65,7 +65,7 @@ def test_recall_counts_what_is_missed_and_what_left_the_bank_is_not_returned():
         slots = np.asarray(index.search(changed, jnp.asarray(keys[:1]), 5)[0][0])
         assert slots[:3].tolist() == best[2:].tolist() and (slots[3:] == -1).all()
     assert (np.asarray(index.search(bank, jnp.zeros((1, 12)), 5)[0]) == -1).all()
-    with pytest.raises(ConfigError, match="build it again"):
+    with pytest.raises(ConfigError, match="an index of a bank of 48"):
         index.search(bank_of(5)[0], jnp.zeros((1, 12)), 5)
 
 

@@ -28,6 +28,21 @@ constexpr int64_t kGroups = 32;    // groups of a task
 constexpr int kTile = 12;          // queries that share the reading of a group
 constexpr float kLow = -std::numeric_limits<float>::infinity();
 
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+
+// The first `count` lanes; the others are 0.
+template <typename V, typename T>
+inline V load(const T* from, int64_t count) {
+  V v{};
+  if (count == kLanes)
+    std::memcpy(&v, from, sizeof(V));
+  else
+    std::memcpy(&v, from, count * sizeof(T));
+  return v;
+}
+
 // Sixteen sums of products of four key bytes (unsigned, 128 is zero) and four query bytes (signed).
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
 constexpr int kLevels = 127;  // the largest query byte
@@ -36,7 +51,7 @@ struct Sums {
   void add(const uint8_t* keys, int32_t query) {
     v = _mm512_dpbusd_epi32(v, _mm512_loadu_si512(keys), _mm512_set1_epi32(query));
   }
-  void store(int32_t* to) const { _mm512_storeu_si512(to, v); }
+  Ints get() const { return (Ints)v; }
 };
 #elif defined(__AVX2__)
 constexpr int kLevels = 63;  // two products of a byte and a query byte then fit 16 bits
@@ -49,9 +64,7 @@ struct Sums {
       v[i] = _mm256_add_epi32(v[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
   }
-  void store(int32_t* to) const {
-    for (int i = 0; i < 2; ++i) _mm256_storeu_si256((__m256i*)(to + 8 * i), v[i]);
-  }
+  Ints get() const { return load<Ints>(v, kLanes); }
 };
 #else
 constexpr int kLevels = 127;
@@ -63,11 +76,9 @@ struct Sums {
     for (int lane = 0; lane < kLanes; ++lane)
       for (int i = 0; i < 4; ++i) v[lane] += keys[4 * lane + i] * q[i];
   }
-  void store(int32_t* to) const { std::memcpy(to, v, sizeof(v)); }
+  Ints get() const { return load<Ints>(v, kLanes); }
 };
 #endif
-
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
 
 // The order of accumulation is fixed, so that equal keys have equal products.
 float product(const float* a, const float* b, int64_t dim) {
@@ -137,24 +148,18 @@ void bound(const Problem& p, const Query* queries, int64_t first, int64_t group,
   const float slack = (p.dim / 8 + 32) * 1.2e-7f;
   for (int g = 0; g < kTogether; ++g) {
     const int64_t start = (group + g) * kLanes, count = std::min<int64_t>(kLanes, p.keys - start);
-    float scale[kLanes] = {}, norm[kLanes] = {}, error[kLanes] = {}, dead[kLanes];
-    std::memcpy(scale, p.scale + start, count * 4);
-    std::memcpy(norm, p.norm + start, count * 4);
-    std::memcpy(error, p.error + start, count * 4);
-    for (int i = 0; i < kLanes; ++i) dead[i] = i < count && p.live[start + i] ? 0 : kLow;
+    const Floats scale = load<Floats>(p.scale + start, count), norm = load<Floats>(p.norm + start, count);
+    const Floats error = load<Floats>(p.error + start, count);
+    const Ints live = __builtin_convertvector(load<Bytes>(p.live + start, count), Ints);
+    const Floats dead = live != 0 ? Floats{} : Floats{} + kLow;
     for (int q = 0; q < kQueries; ++q) {
-      int32_t sum[kLanes];
-      sums[q][g].store(sum);
       const Query& query = queries[q];
-      float* to = p.bounds + (first + q) * p.groups * kLanes + start;
+      const Floats value = __builtin_convertvector(sums[q][g].get() - query.zero, Floats) * (scale * query.scale);
+      const Floats upper = value + error * query.norm + norm * (query.error + slack * query.norm) + dead;
+      std::memcpy(p.bounds + (first + q) * p.groups * kLanes + start, &upper, sizeof(upper));
       float* top = best + q * next;
-      const float off = query.error + slack * query.norm;
-      for (int i = 0; i < kLanes; ++i) {
-        const float value = query.scale * scale[i] * static_cast<float>(sum[i] - query.zero);
-        const float upper = value + error[i] * query.norm + norm[i] * off + dead[i];
-        to[i] = upper;
-        top[i] = top[i] < upper ? upper : top[i];
-      }
+      const Floats so_far = load<Floats>(top, kLanes), larger = so_far < upper ? upper : so_far;
+      std::memcpy(top, &larger, sizeof(larger));
     }
   }
 }
