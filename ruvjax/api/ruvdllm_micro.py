@@ -46,9 +46,11 @@ class MicroLoRA:
         return ((input.astype(jnp.float32) @ self.a) @ self.b).astype(input.dtype)
 
     def rank(self) -> int:
+        """The number of columns of a."""
         return self.a.shape[1]
 
     def hidden_dim(self) -> int:
+        """The width of what it applies to."""
         return self.a.shape[0]
 
     def size_bytes(self) -> int:
@@ -81,6 +83,7 @@ class CompressedMicroLoRA:
         return MicroLoRA(made.a, made.b)
 
     def rank(self) -> int:
+        """The rank of the adapter."""
         return self.codes.a.shape[-1]
 
     def size_bytes(self) -> int:

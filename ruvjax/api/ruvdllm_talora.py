@@ -180,7 +180,9 @@ class TALoRAManager:
         slot = self._slot(id)
         if not 0 <= outcome <= 1:
             raise TALoRAError(f"outcome={outcome!r} must be from 0 to 1")
-        self._banks[id.bank] = _record(self._banks[id.bank], np.int32([slot]), np.float32([outcome]))
+        self._banks[id.bank] = _record(
+            self._banks[id.bank], np.asarray([slot], np.int32), np.asarray([outcome], np.float32)
+        )
 
     def apply(
         self, output: Float[Array, "*batch hidden"] | Any, result: TALoRARetrievalResult, timestep: int

@@ -1,6 +1,7 @@
 """Low-rank updates of the residual stream before one layer: the site at which the adapters of a bank act."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -70,14 +71,14 @@ def reordered(
 
     def one(update: Any) -> Any:
         if isinstance(update, Spots):
-            return update.replace(positions=jnp.take_along_axis(place, update.positions, axis=1))
+            return replace(update, positions=jnp.take_along_axis(place, update.positions, axis=1))
         if isinstance(update, Selected) and update.ids.ndim == 3:
             ids, weights = (jnp.take_along_axis(v, source[:, :, None], axis=1) for v in (update.ids, update.weights))
-            return update.replace(ids=ids, weights=weights)
+            return replace(update, ids=ids, weights=weights)
         return update
 
     updates = residual.update
-    return residual.replace(update=tuple(map(one, updates)) if isinstance(updates, tuple) else one(updates))
+    return replace(residual, update=tuple(map(one, updates)) if isinstance(updates, tuple) else one(updates))
 
 
 def _updated(residual: Residual, x: jax.Array) -> jax.Array:

@@ -80,7 +80,8 @@ def build(bank: Bank, *, lists: int = 0, probes: int = 0, seed: int = 0) -> Inde
 
 def recall(index: Index, bank: Bank, queries: Float[Array, "queries key_dim"], k: int) -> float:
     """The share of the k adapters that the exact search of `bank` finds for `queries` which the index finds too."""
-    exact, found = (np.asarray(search(bank, queries, k)[0]) for search in (banking.retrieve, index.search))
+    searches = (jax.jit(search, static_argnums=2) for search in (banking.retrieve, index.search))
+    exact, found = (np.asarray(search(bank, queries, k)[0]) for search in searches)
     wanted = exact != NONE
     if not wanted.any():
         raise ConfigError("there is nothing to find: the bank or the queries are empty")

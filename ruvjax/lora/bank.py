@@ -5,6 +5,7 @@ taken is data, so that a growing bank runs the programs that were compiled for i
 changes a bank returns the changed one: under `jax.jit` with the bank donated that is in place.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -110,8 +111,8 @@ def filled(
         raise InputError(f"adapter {int(jnp.argmin(sound))} or its key is not finite, or its key is zero")
     room = ((0, capacity - count), (0, 0))
     unit = jnp.pad(keys / norms[:, None], room)
-    made = (jnp.pad(part.astype(dtype), (*room, (0, 0))) for part in (a, b))
-    return _bank(search.keys_of(unit), *made, count)
+    a, b = (jnp.pad(part.astype(dtype), (*room, (0, 0))) for part in (a, b))
+    return _bank(search.keys_of(unit), a, b, count)
 
 
 def _bank(keys: Keys, a: jax.Array, b: jax.Array, count: int) -> Bank:
@@ -191,7 +192,8 @@ def store(
         evicted=jnp.where(sound & full, bank.ids[slot], NONE),
     )
     tick = sound.astype(jnp.int32)
-    made = bank.replace(
+    made = replace(
+        bank,
         keys=search.put(bank.keys, at, key / jnp.where(sound, norm, 1)),
         a=put_matrix(bank.a, a),
         b=put_matrix(bank.b, b),
@@ -224,7 +226,7 @@ def remove(bank: Bank, id: Int[Array, ""] | int) -> tuple[Bank, Int[Array, ""]]:
     """Free the slot of the adapter with this id; the slot, -1 for an id that is not there. What the slot holds stays
     until it is written again."""
     slot = slot_of(bank, id)
-    return bank.replace(ids=bank.ids.at[_inside(bank, slot)].set(NONE, mode="drop")), slot
+    return replace(bank, ids=bank.ids.at[_inside(bank, slot)].set(NONE, mode="drop")), slot
 
 
 def retrieve(
@@ -257,8 +259,11 @@ def normalised(queries: Float[Array, "queries key_dim"]) -> Float[Array, "querie
 def touch(bank: Bank, slots: Int[Array, "*hits"]) -> Bank:
     """Note that the adapters in `slots` (-1: none) were used now."""
     at, clock = _inside(bank, slots).ravel(), bank.clock + 1
-    return bank.replace(
-        uses=bank.uses.at[at].add(1, mode="drop"), last_used=bank.last_used.at[at].set(clock, mode="drop"), clock=clock
+    return replace(
+        bank,
+        uses=bank.uses.at[at].add(1, mode="drop"),
+        last_used=bank.last_used.at[at].set(clock, mode="drop"),
+        clock=clock,
     )
 
 
@@ -268,8 +273,8 @@ def record(bank: Bank, slots: Int[Array, "*hits"], outcome: Float[Array, "*hits"
     heard = jnp.isfinite(outcome)
     at = jnp.where(heard, _inside(bank, slots), bank.capacity).ravel()
     gained = jnp.clip(jnp.where(heard, outcome, 0), 0, 1).astype(jnp.float32).ravel()
-    return bank.replace(
-        success=bank.success.at[at].add(gained, mode="drop"), trials=bank.trials.at[at].add(1, mode="drop")
+    return replace(
+        bank, success=bank.success.at[at].add(gained, mode="drop"), trials=bank.trials.at[at].add(1, mode="drop")
     )
 
 

@@ -96,7 +96,7 @@ def load(path: str | os.PathLike[str]) -> tuple[tuple[Bank, ...], dict[str, str]
     stated = meta.pop("sha256", "")
     start = data[: 8 + length].tobytes().replace(stated.encode(), BLANK.encode(), 1) if len(stated) == 64 else b""
     digest = hashlib.sha256(start)
-    digest.update(memoryview(data[8 + length :]))
+    digest.update(data[8 + length :].data)
     if digest.hexdigest() != stated:
         raise InputError(f"{path} is damaged: its bytes do not have the checksum that it states", "load another copy")
     found: dict[str, np.ndarray] = {}
@@ -127,7 +127,7 @@ def _rows(array: Any, taken: np.ndarray) -> np.ndarray:
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    return memoryview(array.view(np.uint8).reshape(-1) if array.size else b"")
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _header(arrays: Mapping[str, np.ndarray], meta: Mapping[str, str]) -> bytes:

@@ -106,7 +106,7 @@ def forward(
                 f"hidden states {output.hidden.shape} for tokens {tokens.shape} and talora.hidden={config.hidden}",
                 "adapters need the hidden state of every position: sampler.cache=none",
             )
-        return output, _remembered(guide, params.head, output, memory.replace(inner=inner, masks=masks))
+        return output, _remembered(guide, params.head, output, replace(memory, inner=inner, masks=masks))
 
     return run
 
@@ -143,7 +143,7 @@ def _remembered(guide: DGR | None, head: Head | None, output: Output, memory: Me
         total = jnp.sum(jnp.where(memory.real[:, :, None], hidden, 0), axis=1)
         query = total / jnp.maximum(jnp.sum(memory.real, axis=1), 1)[:, None]
     if guide is None:
-        return memory.replace(query=query)
+        return replace(memory, query=query)
     assert output.logits is not None
     unsure = guided.uncertainty(guide, output.logits, hidden, head)
-    return memory.replace(query=query, hidden=hidden, uncertainty=unsure)
+    return replace(memory, query=query, hidden=hidden, uncertainty=unsure)

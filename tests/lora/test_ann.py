@@ -45,7 +45,8 @@ def test_recall_counts_what_is_missed_and_what_left_the_bank_is_not_returned():
     bank, keys = bank_of(40, capacity=48)
     unit = np.asarray(bank.keys.values[:40])
     index = ann.Index(Exact(unit, np.arange(40)), 48, 1, 1)
-    found = jax.jit(index.search, static_argnums=2)(bank, jnp.asarray(keys[:6]), 5)
+    look = jax.jit(index.search, static_argnums=2)
+    found = look(bank, jnp.asarray(keys[:6]), 5)
     exact = banking.retrieve(bank, jnp.asarray(keys[:6]), 5)
     np.testing.assert_array_equal(found[0], exact[0])
     np.testing.assert_allclose(found[1], exact[1], atol=1e-6)
@@ -59,12 +60,12 @@ def test_recall_counts_what_is_missed_and_what_left_the_bank_is_not_returned():
     key, a, b = -jnp.asarray(keys[0]), jnp.ones((12, 1)), jnp.ones((1, 12))
     filled = less
     for _ in range(2):
-        filled, _ = banking.store(filled, key, a, b)
+        filled, _ = jax.jit(banking.store)(filled, key, a, b)
     assert int(banking.size(filled)) == 40 and (np.asarray(filled.ids[40:]) == -1).all()
     for changed in (less, filled):
-        slots = np.asarray(index.search(changed, jnp.asarray(keys[:1]), 5)[0][0])
+        slots = np.asarray(look(changed, jnp.asarray(keys[:1]), 5)[0][0])
         assert slots[:3].tolist() == best[2:].tolist() and (slots[3:] == -1).all()
-    assert (np.asarray(index.search(bank, jnp.zeros((1, 12)), 5)[0]) == -1).all()
+    assert (np.asarray(look(bank, jnp.zeros((1, 12)), 5)[0]) == -1).all()
     with pytest.raises(ConfigError, match="an index of a bank of 48"):
         index.search(bank_of(5)[0], jnp.zeros((1, 12)), 5)
 

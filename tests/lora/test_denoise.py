@@ -21,7 +21,7 @@ from ruvjax.models.transformer import Transformer
 WIDTH, VOCABULARY, MASK, LENGTH = 16, 24, 23, 10
 MODEL = Transformer(vocab_size=VOCABULARY, layers=2, width=WIDTH, heads=2, mlp_width=32, max_length=LENGTH)
 CONFIG = TALoRA(WIDTH, banks=((20, 3), (20, 2), (20, 1)), k=2, layer=0)
-GUIDE = DGR(threshold=0.2, max_retrievals=3, top_k=2)
+GUIDE = DGR(threshold=0.0, max_retrievals=3, top_k=2)
 
 
 def bank_of(capacity, rank, count=15):
@@ -97,8 +97,8 @@ def test_each_step_uses_what_the_step_before_left(params, guide):
                 if guide is None:
                     continue
                 scores = np.minimum(unsure[row] / np.sqrt(time), 1)
-                able = [i for i in np.argsort(-scores, kind="stable") if tokens[row, i] == MASK and scores[i] > 0.2]
-                assert time == 0.28 or len(able) > guide.max_retrievals
+                able = [i for i in np.argsort(-scores, kind="stable") if tokens[row, i] == MASK and scores[i] > 0]
+                assert len(able) > guide.max_retrievals
                 for place in able[: guide.max_retrievals]:
                     matrices[row, place] += whole(hidden[row, place], 1000 * time, guide.top_k)
         wanted = run_dense(params, jnp.asarray(tokens), matrices)
