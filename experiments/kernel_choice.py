@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import dispatch, native
 from kernels_pallas.attention import attention
+from kernels_pallas.entropy import entropy
 from kernels_pallas.kv_attention import empty_pages, empty_tiers, kv_attention
 from kernels_pallas.lora_bank import lora_bank
 from kernels_pallas.quant_matmul import quant_matmul, quantize
@@ -50,6 +51,7 @@ def examples(attention_impl: str | None) -> dict[str, Callable[[], Any]]:
 
     return {
         "attention/attention": heads,
+        "entropy/entropy": lambda: entropy(x(256, 8192)),
         "kv_attention/kv_attention": lambda: cached(x(4, 1, 8, 128)),
         "lora_bank/lora_bank": bank,
         "quant_matmul/quant_matmul": lambda: quant_matmul(x(8, 256), weight),

@@ -5,6 +5,7 @@ measured is the previous step's: its logits tell where the model was unsure, its
 the queries, and the adapters act in the next step's forward pass, on the residual stream at these positions alone.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -15,6 +16,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas.entropy import entropy
 from ruvjax.core.adapted import Selected
 from ruvjax.core.residual import Spots
 from ruvjax.errors import ConfigError
@@ -112,27 +114,23 @@ def uncertainty(
     hidden: Float[Array, "*batch width"] | None = None,
     head: Head | None = None,
 ) -> Float[Array, "*batch"]:
-    """How unsure the model is at each position, from 0 to 1. Raises ConfigError for metric "head" without a head and
+    """How unsure the model is at each position, from 0 to 1; without a gradient in the logits. Raises ConfigError for metric "head" without a head and
     hidden states."""
     if config.metric == "head":
         if head is None or hidden is None:
             raise ConfigError("dgr.metric=head needs a head and hidden states", "fit one with guided.fit_head")
         return jax.nn.sigmoid(jnp.matmul(hidden.astype(jnp.float32), head.weight, precision="highest") + head.bias)
-    logits = logits.astype(jnp.float32)
     vocabulary = logits.shape[-1]
+    if config.metric == "entropy":
+        return jnp.clip(entropy(logits) / math.log(vocabulary), 0, 1)
+    logits = lax.stop_gradient(logits).astype(jnp.float32)
     top = jnp.max(logits, axis=-1, keepdims=True)
     if config.metric == "gap":
         best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), vocabulary, dtype=bool)
         second = jnp.max(jnp.where(best, -jnp.inf, logits), axis=-1)
         return 2 * jax.nn.sigmoid(second - top[..., 0])
-    shifted = logits - top
-    power = jnp.exp(shifted)
-    total = jnp.sum(power, axis=-1)
-    if config.metric == "entropy":
-        # A token of probability 0 adds nothing, whatever its logit.
-        mean = jnp.sum(jnp.where(power > 0, power * shifted, 0), axis=-1) / total
-        return jnp.clip((jnp.log(total) - mean) / jnp.log(jnp.float32(vocabulary)), 0, 1)
-    square = jnp.sum(jnp.square(power), axis=-1) / jnp.square(total)
+    power = jnp.exp(logits - top)
+    square = jnp.sum(jnp.square(power), axis=-1) / jnp.square(jnp.sum(power, axis=-1))
     return jnp.clip((1 - square) / (1 - 1 / vocabulary), 0, 1)
 
 

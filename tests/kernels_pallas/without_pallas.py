@@ -17,6 +17,7 @@ import numpy as np
 
 from kernels_pallas.attention import Mask, attention
 from kernels_pallas.dispatch import ImplError
+from kernels_pallas.entropy import entropy
 from kernels_pallas.kv_attention import append, empty_pages, empty_tiers, kv_attention
 from kernels_pallas.lora_bank import lora_bank
 from kernels_pallas.quant_matmul import quant_matmul, quantize
@@ -63,6 +64,7 @@ def head(impl):
 
 OPS = {
     "attention": head,
+    "entropy": lambda impl: entropy(normal(3, 5, 70), impl=impl),
     "kv_attention": cached,
     "lora_bank": bank,
     "quant_matmul": lambda impl: quant_matmul(normal(4, 256), quantize(normal(256, 256), "Q8_0"), impl),
