@@ -1,4 +1,4 @@
-"""Entropy from one exponential a logit: H = ln(sum of e^d) - (sum of e^d d) / (sum of e^d), d the distance to the peak."""
+"""Entropy from one exponential a logit: ln(sum of e^d) - (sum of e^d d) / (sum of e^d), d the distance to the peak."""
 
 import jax
 import jax.numpy as jnp

@@ -235,11 +235,10 @@ class TALoRAManager:
         """Of each bank that is searched approximately, the share of what the exact search finds for `queries` that it
         finds too; None for banks that are searched exactly."""
         self._fits(top_k)
-        self.searches()
         wide = jnp.asarray(queries, jnp.float32)
         return tuple(
-            ann.recall(self._indexes[number], bank, wide, top_k) if number in self._indexes else None
-            for number, bank in enumerate(self._banks)
+            None if search is banking.retrieve else ann.recall(self._indexes[number], bank, wide, top_k)
+            for number, (search, bank) in enumerate(zip(self.searches(), self._banks))
         )
 
     def searches(self) -> tuple[Search, ...]:

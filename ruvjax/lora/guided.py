@@ -114,8 +114,8 @@ def uncertainty(
     hidden: Float[Array, "*batch width"] | None = None,
     head: Head | None = None,
 ) -> Float[Array, "*batch"]:
-    """How unsure the model is at each position, from 0 to 1; without a gradient in the logits. Raises ConfigError for metric "head" without a head and
-    hidden states."""
+    """How unsure the model is at each position, from 0 to 1; without a gradient in the logits. Raises ConfigError for
+    metric "head" without a head and hidden states."""
     if config.metric == "head":
         if head is None or hidden is None:
             raise ConfigError("dgr.metric=head needs a head and hidden states", "fit one with guided.fit_head")

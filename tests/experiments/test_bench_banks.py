@@ -52,6 +52,7 @@ def test_faiss_finds_the_same(monkeypatch, capsys):
     assert np.mean(np.asarray(theirs) == np.asarray(ours_banks.search(SEARCH)["tokens"])) > 0.999
 
 
+@pytest.mark.slow
 def test_the_step_runs_with_adapters_and_without():
     small = {"vocab_size": 30, "layers": 2, "width": 16, "heads": 2, "mlp_width": 24, "length": 12, "steps": 4}
     job = {**rows_banks.STEP, **small, "banks": [[40, 3], [50, 2], [60, 1]], "layer": 1, "dtype": "float32"}

@@ -166,33 +166,27 @@ def test_killed_while_saving_200_times_no_bank_is_lost_or_wrong(tmp_path):
     seen, partials = set(), 0
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     code = SAVER.replace("while True:", FORKING)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(path)],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        assert process.stdout.readline() == "ready\n"
-        for _ in range(200):
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            child = int(process.stdout.readline())
-            time.sleep(rng.uniform(0.0, 0.03))
-            os.kill(child, signal.SIGKILL)
-            assert process.stdout.readline() == "dead\n"
-            partials += len(list(tmp_path.glob(".banks.*.partial")))
-            for left in tmp_path.glob(".banks.*.partial"):
-                left.unlink()
-            if path.exists():
-                (bank,), meta = bankfile.load(path)
-                np.testing.assert_array_equal(bank.a, wanted[meta["bank"]])
-                seen.add(meta["bank"])
-    finally:
-        process.kill()
-        process.wait()
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+            for _ in range(200):
+                process.stdin.write("go\n")
+                process.stdin.flush()
+                child = int(process.stdout.readline())
+                time.sleep(rng.uniform(0.0, 0.03))
+                os.kill(child, signal.SIGKILL)
+                assert process.stdout.readline() == "dead\n"
+                partials += len(list(tmp_path.glob(".banks.*.partial")))
+                for left in tmp_path.glob(".banks.*.partial"):
+                    left.unlink()
+                if path.exists():
+                    (bank,), meta = bankfile.load(path)
+                    np.testing.assert_array_equal(bank.a, wanted[meta["bank"]])
+                    seen.add(meta["bank"])
+        finally:
+            process.kill()
     assert seen == {"0", "1"}
     assert partials > 20  # many died in the middle of a write, or the test shows nothing
 
