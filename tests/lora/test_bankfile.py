@@ -166,8 +166,8 @@ def test_killed_while_saving_200_times_no_bank_is_lost_or_wrong(tmp_path):
     seen, partials = set(), 0
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     code = SAVER.replace("while True:", FORKING)
-    command = [sys.executable, "-c", code, str(path)]
-    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+    command, pipe = [sys.executable, "-c", code, str(path)], subprocess.PIPE
+    with subprocess.Popen(command, env=environment, text=True, stdin=pipe, stdout=pipe) as process:
         assert process.stdin is not None and process.stdout is not None
         try:
             assert process.stdout.readline() == "ready\n"
