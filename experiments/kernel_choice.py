@@ -10,9 +10,11 @@ import jax.numpy as jnp
 
 from kernels_pallas import dispatch, native
 from kernels_pallas.attention import attention
+from kernels_pallas.entropy import entropy
 from kernels_pallas.kv_attention import empty_pages, empty_tiers, kv_attention
 from kernels_pallas.lora_bank import lora_bank
 from kernels_pallas.quant_matmul import quant_matmul, quantize
+from kernels_pallas.retrieve import keys_of, retrieve
 from kernels_pallas.selective_scan import selective_scan, state_space_dual
 from kernels_pallas.unmask import draw_noise, masked_cross_entropy, unmask
 
@@ -49,9 +51,11 @@ def examples(attention_impl: str | None) -> dict[str, Callable[[], Any]]:
 
     return {
         "attention/attention": heads,
+        "entropy/entropy": lambda: entropy(x(256, 8192)),
         "kv_attention/kv_attention": lambda: cached(x(4, 1, 8, 128)),
         "lora_bank/lora_bank": bank,
         "quant_matmul/quant_matmul": lambda: quant_matmul(x(8, 256), weight),
+        "retrieve/retrieve": lambda: retrieve(keys_of(x(4096, 256)), x(4096, of=bool), x(11, 256), 8),
         "selective_scan/selective_scan": scan,
         "selective_scan/state_space_dual": dual,
         "unmask/masked_cross_entropy": lambda: masked_cross_entropy(x(512, 32768), x(512, of=jnp.int32)),

@@ -35,12 +35,19 @@ from ruvjax.core.backend import compute_threads
 from ruvjax.core.files import write_json
 from ruvjax.errors import ConfigError, RunError, RuvjaxError
 
-BENCHMARKS = {"banks": banks, "decode": decode, "diffusion": diffusion, "kernels": kernels, "mamba": mamba, "trm": trm}
+BENCHMARKS = {
+    "banks": banks,
+    "decode": decode,
+    "diffusion": diffusion,
+    "kernels": kernels,
+    "mamba": mamba,
+    "trm": trm,
+}
 RESULTS = Path(__file__).resolve().parent / "results"
 # Told beside the table where a row has them.
-FACTS = tuple(
-    f"{side}_{name}" for name in ("weight_bytes", "accuracy", "passes_per_token") for side in ("ours", "theirs")
-) + ("same_tokens",)
+FACTS = re.compile(
+    "same_tokens|(ours|theirs)_(weight_bytes|accuracy|passes_per_token|recall_.*|p[0-9]+_ms_.*|step_ms.*|.*bank_bytes)"
+)
 USAGE = "usage: python -m experiments.bench name=NAME [rows=A,B] [rounds=3] [peer.path=DIR] [peer.python=PATH]"
 
 
@@ -158,7 +165,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         theirs = "-" if row["theirs"] is None else f"{row['theirs']:,.{digits}f}"
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
         settings = (row["ours_settings"], row["theirs_settings"] or "-")
-        facts = [f"{name} {row[name]:,.3f}".removesuffix(".000") for name in FACTS if name in row]
+        facts = [f"{name} {row[name]:,.3f}".removesuffix(".000") for name in row if FACTS.fullmatch(name)]
         if facts:
             console.print(f"{row['name']}: {', '.join(facts)}", markup=False)
         table.add_row(row["name"], f"{row['ours']:,.{digits}f}", theirs, row["unit"], ratio, row["peer"], *settings)

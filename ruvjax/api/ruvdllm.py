@@ -3,7 +3,7 @@
     llm = RuvDLLM.load("runs/train/<stamp>")
     print(llm.generate("def main():", 100))
 
-What is documented and not written yet (learning, federation, TALoRA, DGR) raises NotYetError.
+What is documented and not written yet (learning, federation) raises NotYetError.
 """
 
 import os
@@ -27,14 +27,42 @@ from ruvjax.api.compute import (
     TPUBackend,
     VulkanBackend,
 )
-from ruvjax.api.ruvdllm_errors import BackendError, ConfigError, GenerationError, ModelError, RuvDLLMError
+from ruvjax.api.ruvdllm_dgr import DGRConfig, DGRResult, DGRSystem, UncertaintyMetric
+from ruvjax.api.ruvdllm_errors import (
+    BackendError,
+    ConfigError,
+    GenerationError,
+    ModelError,
+    RuvDLLMError,
+    TALoRAError,
+)
+from ruvjax.api.ruvdllm_micro import CompressedMicroLoRA, MicroLoRA
 from ruvjax.api.ruvdllm_model import DiffusionConfig, DiffusionModel, NoiseSchedule, NoiseScheduleType
 from ruvjax.api.ruvdllm_sampler import GenerationStep, MDLMSampler, SamplerConfig
+from ruvjax.api.ruvdllm_talora import (
+    AdapterId,
+    TALoRAConfig,
+    TALoRAManager,
+    TALoRARetrievalResult,
+    TALoRAStats,
+)
 from ruvjax.core.params import count
 from ruvjax.diffusion.sampler import Sampler
 from ruvjax.errors import NotYetError
 
 __all__ = [
+    "AdapterId",
+    "CompressedMicroLoRA",
+    "DGRConfig",
+    "DGRResult",
+    "DGRSystem",
+    "MicroLoRA",
+    "TALoRAConfig",
+    "TALoRAError",
+    "TALoRAManager",
+    "TALoRARetrievalResult",
+    "TALoRAStats",
+    "UncertaintyMetric",
     "BackendError",
     "BackendType",
     "CUDABackend",
@@ -77,26 +105,33 @@ class PrivacyTier(IntEnum):
 
 @dataclass(frozen=True)
 class RuvDLLMConfig:
-    """How a model is run. `backend` None is the best available. Raises ConfigError, and NotYetError for what is not
-    written yet."""
+    """How a model is run. `backend` None is the best available. Raises ConfigError.
+
+    enable_talora generates with the adapters of `RuvDLLM.talora`, whose banks are empty at first; enable_dgr as well
+    with those for the positions where the model is unsure. Their configurations default to the documented ones.
+    """
 
     backend: BackendType | None = None
     enable_talora: bool = False
     enable_dgr: bool = False
-    talora_config: Any = None
-    dgr_config: Any = None
+    talora_config: TALoRAConfig | None = None
+    dgr_config: DGRConfig | None = None
     sampler_config: SamplerConfig | Sampler = field(default_factory=SamplerConfig)
     privacy_tier: PrivacyTier = PrivacyTier.PRIVATE
 
     def __post_init__(self):
-        if self.enable_talora or self.talora_config is not None:
-            raise NotYetError("RuvDLLMConfig: TALoRA is not there yet", "leave enable_talora and talora_config out")
-        if self.enable_dgr or self.dgr_config is not None:
-            raise NotYetError("RuvDLLMConfig: DGR is not there yet", "leave enable_dgr and dgr_config out")
+        if self.talora_config is not None and not (self.enable_talora or self.enable_dgr):
+            raise ConfigError("RuvDLLMConfig.talora_config is given and TALoRA is off", "enable_talora=True")
+        if self.dgr_config is not None and not self.enable_dgr:
+            raise ConfigError("RuvDLLMConfig.dgr_config is given and DGR is off", "enable_dgr=True")
         for name, kind in (
             ("backend", (BackendType, type(None))),
             ("sampler_config", (SamplerConfig, Sampler)),
             ("privacy_tier", PrivacyTier),
+            ("enable_talora", bool),
+            ("enable_dgr", bool),
+            ("talora_config", (TALoRAConfig, type(None))),
+            ("dgr_config", (DGRConfig, type(None))),
         ):
             value = getattr(self, name)
             if not isinstance(value, kind):
@@ -160,6 +195,9 @@ class RuvDLLM:
         self._model = self._backend.place(model)
         self._config = config
         self._path = path
+        self._talora: TALoRAManager | None = None
+        if config.enable_talora or config.enable_dgr:
+            self._talora = TALoRAManager(config.talora_config or TALoRAConfig(self._model.network.width))
         self._stats = RuvDLLMStats()
 
     @classmethod
@@ -183,7 +221,7 @@ class RuvDLLM:
         """`generate` with its own sampler settings and seed."""
         began = time.perf_counter()
         with self._backend.scope():
-            made = self._sampler(options).run(self._model, prompt, options.max_length)
+            made = self._sampler(options).run(self._model, prompt, options.max_length, self._adapters())
         self._count(made.tokens, made.passes, began)
         return made.text
 
@@ -196,7 +234,8 @@ class RuvDLLM:
         began, shown, made = time.perf_counter(), "", None
         try:
             with self._backend.scope():
-                for step, made in self._sampler(options).steps(self._model, prompt, options.max_length):
+                steps = self._sampler(options).steps(self._model, prompt, options.max_length, self._adapters())
+                for step, made in steps:
                     text = made.text if step.masked == 0 else step.text
                     piece, shown = text[len(shown) :], text if len(text) > len(shown) else shown
                     if piece and callback(piece) is False:
@@ -204,6 +243,13 @@ class RuvDLLM:
         finally:
             if made is not None:
                 self._count(made.tokens, made.passes, began)
+
+    @property
+    def talora(self) -> TALoRAManager:
+        """The banks that text is generated with. Raises ConfigError where neither TALoRA nor DGR is enabled."""
+        if self._talora is None:
+            raise ConfigError("this model was loaded without adapters", "RuvDLLMConfig(enable_talora=True)")
+        return self._talora
 
     def info(self) -> ModelInfo:
         """What was loaded, and where it runs."""
@@ -239,6 +285,11 @@ class RuvDLLM:
     def leave_federation(self) -> NoReturn:
         """Federated learning; not there yet."""
         raise NotYetError("RuvDLLM.leave_federation is not there yet", "the README lists what is")
+
+    def _adapters(self) -> TALoRAManager | DGRSystem | None:
+        if self._talora is None or not self._config.enable_dgr:
+            return self._talora
+        return DGRSystem(self._talora, self._config.dgr_config or DGRConfig())
 
     def _sampler(self, options: GenerationOptions) -> MDLMSampler:
         return MDLMSampler(options.sampler_config or self._config.sampler_config, options.seed)

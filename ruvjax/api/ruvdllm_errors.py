@@ -28,6 +28,10 @@ class BackendError(RuvDLLMError, errors.BackendError):
     """A compute backend that was asked for and cannot run here."""
 
 
+class TALoRAError(RuvDLLMError, errors.InputError):
+    """An adapter, a query, an id or a file of banks that cannot be used."""
+
+
 class GenerationError(RuvDLLMError, errors.InputError):
     """Text that cannot be generated. Variants: TokenizationError, ContextLengthExceeded, Interrupted."""
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import jax
@@ -10,13 +11,18 @@ import numpy as np
 from jaxtyping import Int
 
 from ruvjax import errors
+from ruvjax.api.ruvdllm_dgr import DGRConfig, DGRSystem
 from ruvjax.api.ruvdllm_errors import ConfigError, GenerationError, ModelError
 from ruvjax.api.ruvdllm_model import DiffusionModel, cached_forward_of, forward_of
+from ruvjax.api.ruvdllm_talora import TALoRAManager
 from ruvjax.core.events import Event
 from ruvjax.data.tokenize import Tokenizer
 from ruvjax.diffusion.cache import empty_cache
-from ruvjax.diffusion.sampler import Sampler, SamplerState, final_prefix, sample, stream
-from ruvjax.errors import NotYetError
+from ruvjax.diffusion.sampler import Forward, Sampler, SamplerState, final_prefix, sample, stream
+from ruvjax.lora import denoise, talora
+from ruvjax.lora.guided import DGR
+from ruvjax.lora.talora import Search, TALoRA
+from ruvjax.models.transformer import Transformer
 
 BUCKET = 64  # rows are padded to a multiple of it, so that few lengths are compiled
 
@@ -99,11 +105,13 @@ class MDLMSampler:
         """
         return self.run(model, prompt, max_length).text
 
-    def run(self, model: DiffusionModel, prompt: str, max_length: int) -> Generated:
-        """`generate`, with counts."""
-        row = _prepare(model, self.config, prompt, max_length)
+    def run(
+        self, model: DiffusionModel, prompt: str, max_length: int, adapters: TALoRAManager | DGRSystem | None = None
+    ) -> Generated:
+        """`generate`, or with adapters one of the others, with counts."""
+        row = _prepare(model, self.config, prompt, max_length, adapters)
         try:
-            state = sample(row.sampler, row.forward, model.params, **row.inputs(self.seed))
+            state = sample(row.sampler, row.forward, row.params, **row.inputs(self.seed))
         except KeyboardInterrupt as error:
             _interrupted(error)
         return row.finish(state)
@@ -119,23 +127,45 @@ class MDLMSampler:
             if callback(step) is False:
                 return
 
-    def steps(self, model: DiffusionModel, prompt: str, max_length: int) -> Iterator[tuple[GenerationStep, Generated]]:
+    def steps(
+        self, model: DiffusionModel, prompt: str, max_length: int, adapters: TALoRAManager | DGRSystem | None = None
+    ) -> Iterator[tuple[GenerationStep, Generated]]:
         """The steps of a generation one by one, each with the counts so far."""
-        row = _prepare(model, self.config, prompt, max_length)
+        row = _prepare(model, self.config, prompt, max_length, adapters)
         try:
-            following = stream(row.sampler, row.forward, model.params, **row.inputs(self.seed))
+            following = stream(row.sampler, row.forward, row.params, **row.inputs(self.seed))
             for number, (state, events) in enumerate(following, start=1):
                 yield row.step(number, state, events), row.finish(state)
         except KeyboardInterrupt as error:
             _interrupted(error)
 
-    def generate_with_talora(self, model: DiffusionModel, prompt: str, max_length: int, talora: Any) -> str:
-        """Generation with timestep-aware adapters; not there yet."""
-        raise NotYetError("MDLMSampler.generate_with_talora is not there yet", "use generate")
+    def generate_with_talora(self, model: DiffusionModel, prompt: str, max_length: int, talora: TALoRAManager) -> str:
+        """`generate` with adapters from the banks of `talora`, retrieved at each step for the hidden state of the step
+        before. Empty banks leave the text as it would be without them. Raises as `generate` does, and ConfigError for
+        adapters of another width than the model's and a sampler with a cache."""
+        return self.run(model, prompt, max_length, talora).text
 
-    def generate_with_dgr(self, model: DiffusionModel, prompt: str, max_length: int, dgr: Any) -> str:
-        """Generation with retrieval guided by uncertainty; not there yet."""
-        raise NotYetError("MDLMSampler.generate_with_dgr is not there yet", "use generate")
+    def generate_with_dgr(self, model: DiffusionModel, prompt: str, max_length: int, dgr: DGRSystem) -> str:
+        """`generate_with_talora`, and further adapters at the positions where the model is unsure."""
+        return self.run(model, prompt, max_length, dgr).text
+
+
+def _parts(adapters: TALoRAManager | DGRSystem) -> tuple[TALoRAManager, DGRConfig | None]:
+    return (adapters, None) if isinstance(adapters, TALoRAManager) else (adapters.talora, adapters.config)
+
+
+@lru_cache(maxsize=8)  # a search may hold an index
+def _adapted_forward_of(
+    network: Transformer,
+    block_size: int,
+    impl: str | None,
+    config: TALoRA,
+    guide: DGR | None,
+    mask_id: int,
+    searches: tuple[Search, ...],
+) -> Forward:
+    base, timeless = forward_of(network, block_size, impl), network.time == "none"
+    return denoise.forward(config, base, mask_id=mask_id, timeless=timeless, guide=guide, searches=searches)
 
 
 def _interrupted(error: BaseException) -> NoReturn:
@@ -154,10 +184,24 @@ class _Row:
     start: int
     end: int
     mask_id: int
+    adapters: TALoRAManager | DGRSystem | None = None
+
+    @property
+    def params(self) -> Any:
+        if self.adapters is None:
+            return self.model.params
+        manager, guide = _parts(self.adapters)
+        talora.check(manager.config.talora(self.model.network.layers), manager.banks)
+        return denoise.Params(self.model.params, manager.banks, None if guide is None else guide.head)
 
     @property
     def forward(self):
         settings = (self.model.block_size, self.model.impl)
+        if self.adapters is not None:
+            manager, guide = _parts(self.adapters)
+            config = manager.config.talora(self.model.network.layers)
+            dgr = None if guide is None else guide.guide()
+            return _adapted_forward_of(self.model.network, *settings, config, dgr, self.mask_id, manager.searches())
         if self.sampler.cache == "none":
             return forward_of(self.model.network, *settings)
         return cached_forward_of(self.model.network, self.sampler, *settings)
@@ -168,6 +212,10 @@ class _Row:
         if self.sampler.cache != "none":
             held = self.model.network.nothing_held(rows, self.tokens.shape[1])
             carry = empty_cache(self.sampler, held, carry)
+        if self.adapters is not None:
+            manager, guide = _parts(self.adapters)
+            config, dgr = manager.config.talora(self.model.network.layers), None if guide is None else guide.guide()
+            carry = denoise.begin(config, rows, self.tokens.shape[1], carry, guide=dgr, segments=carry)
         return {
             "tokens": self.tokens,
             "key": jax.random.key(seed),
@@ -196,7 +244,13 @@ class _Row:
         return min(int(final_prefix(self.sampler, state)[0]), self.end)
 
 
-def _prepare(model: DiffusionModel, config: SamplerConfig | Sampler, prompt: str, max_length: int) -> _Row:
+def _prepare(
+    model: DiffusionModel,
+    config: SamplerConfig | Sampler,
+    prompt: str,
+    max_length: int,
+    adapters: TALoRAManager | DGRSystem | None = None,
+) -> _Row:
     if model.mask_id is None or model.tokenizer is None:
         lacking = "mask token" if model.mask_id is None else "tokenizer"
         raise ModelError.ConfigError(f"the model has no {lacking}: it cannot generate", "load a diffusion export")
@@ -222,7 +276,19 @@ def _prepare(model: DiffusionModel, config: SamplerConfig | Sampler, prompt: str
         sampler = _finish_sampler(model, config, pad_id)
     except errors.ConfigError as error:
         raise ConfigError(str(error), error.hint) from error
-    return _Row(model, model.tokenizer, sampler, tokens, segments, start, end, mask_id)
+    if adapters is not None:
+        _check_adapters(model, sampler, _parts(adapters)[0])
+    return _Row(model, model.tokenizer, sampler, tokens, segments, start, end, mask_id, adapters)
+
+
+def _check_adapters(model: DiffusionModel, sampler: Sampler, manager: TALoRAManager) -> None:
+    width, layers = model.network.width, model.network.layers
+    if manager.config.hidden_dim != width:
+        raise ConfigError(f"adapters of hidden_dim={manager.config.hidden_dim} for a model of width {width}")
+    if not 0 <= manager.config.talora(layers).layer < layers:
+        raise ConfigError(f"TALoRAConfig.layer={manager.config.layer} of a model of {layers} layers")
+    if sampler.cache != "none":
+        raise ConfigError(f"sampler.cache={sampler.cache} and adapters do not go together", "cache=none")
 
 
 def _finish_sampler(model: DiffusionModel, config: SamplerConfig | Sampler, pad_id: int) -> Sampler:

@@ -18,6 +18,7 @@ from ruvjax.core.linear import linear
 from ruvjax.core.model import Output
 from ruvjax.core.norm import rms_norm
 from ruvjax.core.params import declare
+from ruvjax.core.residual import Residual
 from ruvjax.errors import ConfigError
 from ruvjax.models.ssm import (
     Cache,
@@ -65,6 +66,7 @@ class Mamba2Params:
     layers: Layer
     final_norm: jax.Array
     head: jax.Array | None = None
+    residual: Residual | None = None  # adapters before one layer; no weight of the model
 
 
 @dataclass(frozen=True)

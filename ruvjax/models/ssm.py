@@ -16,6 +16,7 @@ from ruvjax.core.linear import embed, readout
 from ruvjax.core.model import Output
 from ruvjax.core.norm import rms_norm
 from ruvjax.core.params import unstack
+from ruvjax.core.residual import check, enter, reordered, scan_layers
 from ruvjax.errors import ConfigError
 
 SPAN = 2048  # positions of a layer whose activations are in memory at a time where they are recomputed
@@ -185,12 +186,14 @@ class Stack:
                 tokens = jnp.take_along_axis(tokens, source, axis=1)
         x = embed(tokens, params.embedding).astype(jnp.promote_types(dtype, jnp.float32))
         run = self._recomputed(block, tokens.shape[1]) if self.remat and cache is None else block
+        check(params.residual, self.layers)
+        residual = reordered(params.residual, source, place)
         inner = [x]
         if self.unroll or isinstance(params.layers, tuple):
             windows, states = [], []
             for i, weights in enumerate(unstack(params, self.layers).layers):
                 window, state = (None, None) if cache is None else (cache.conv[:, i], cache.state[:, i])
-                x, window, state = run(x, weights, window, state, rows)
+                x, window, state = run(enter(residual, i, x), weights, window, state, rows)
                 inner.append(x)
                 windows.append(window)
                 states.append(state)
@@ -204,7 +207,7 @@ class Stack:
                 x, window, state = run(x, weights, window, state, rows)
                 return x, ((None if now is None else (window, state)), x if trace else None)
 
-            x, (after, depths) = lax.scan(layer, x, (params.layers, given))
+            x, (after, depths) = scan_layers(layer, x, (params.layers, given), residual)
             left = None if after is None else tuple(jnp.moveaxis(value, 0, 1) for value in after)
             inner += [] if depths is None else list(depths)
         hidden = rms_norm(x, params.final_norm, self.norm_eps).astype(dtype)

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.attention import Mask, attention, rotate
@@ -21,52 +20,11 @@ from ruvjax.core.linear import embed, linear, readout
 from ruvjax.core.model import DTYPES, Output, compute_dtype
 from ruvjax.core.norm import layer_norm, rms_norm
 from ruvjax.core.params import declare, unstack
+from ruvjax.core.residual import check, enter, reordered, scan_layers
 from ruvjax.core.rope import RopeScaling, default_positions, rotations
 from ruvjax.core.tiered import TieredCache, Tiers, empty_tiered_cache
 from ruvjax.errors import ConfigError
-
-TIME_FEATURES = 256  # width of the sinusoidal time embedding
-
-
-@struct.dataclass
-class Layer:
-    """Weights of all layers, stacked on a leading `layers` axis; None where the hyper-parameters leave a weight out."""
-
-    attention_norm: jax.Array
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    o: jax.Array
-    mlp_norm: jax.Array
-    up: jax.Array
-    down: jax.Array
-    gate: jax.Array | None = None
-    q_bias: jax.Array | None = None
-    k_bias: jax.Array | None = None
-    v_bias: jax.Array | None = None
-    q_norm: jax.Array | None = None
-    k_norm: jax.Array | None = None
-    modulation: jax.Array | None = None
-    modulation_bias: jax.Array | None = None
-
-
-@struct.dataclass
-class TimeEmbedding:
-    """Two linear maps from sinusoidal features to the conditioning vector; `final` modulates the last norm (adaLN)."""
-
-    first: jax.Array
-    second: jax.Array
-    final: jax.Array | None = None
-    final_bias: jax.Array | None = None
-
-
-@struct.dataclass
-class TransformerParams:
-    embedding: jax.Array
-    layers: Layer | tuple[Layer, ...]
-    final_norm: jax.Array
-    head: jax.Array | None = None
-    time: TimeEmbedding | None = None
+from ruvjax.models.transformer_params import Layer, TransformerParams, embed_time, time_spec
 
 
 @struct.dataclass
@@ -192,16 +150,7 @@ class Transformer:
             layers=layers,
             final_norm=declare((d,), (None,), "ones"),
             head=None if self.tied_head else declare((v, d), ("vocab", "embed"), "normal", 1 / math.sqrt(d)),
-            time=None if self.time == "none" else self._time_spec(),
-        )
-
-    def _time_spec(self) -> TimeEmbedding:
-        d, adaln = self.width, self.time == "adaln"
-        return TimeEmbedding(
-            first=declare((TIME_FEATURES, d), (None, "embed")),
-            second=declare((d, d), ("embed", None)),
-            final=declare((d, 2 * d), ("embed", None), "zeros") if adaln else None,
-            final_bias=declare((2 * d,), (None,), "zeros") if adaln else None,
+            time=None if self.time == "none" else time_spec(d, adaln=self.time == "adaln"),
         )
 
     def apply(
@@ -257,15 +206,16 @@ class Transformer:
         unrolled = self.unroll or isinstance(params.layers, tuple)
         if unrolled and condition is None:
             *layers, last = unstack(params, self.layers).layers
-            for weights in layers:
-                x, _ = block(x, weights)
+            for i, weights in enumerate(layers):
+                x, _ = block(enter(params.residual, i, x), weights)
+            x = enter(params.residual, self.layers - 1, x)
             begun = Begun(x, self._mix(self._norm(x, last.attention_norm), last, attend))
             return jax.tree.map(lambda part: _shifted(part, seen.segments), begun) if self.shift else begun
         if unrolled:
-            for weights in unstack(params, self.layers).layers:
-                x, _ = block(x, weights)
+            for i, weights in enumerate(unstack(params, self.layers).layers):
+                x, _ = block(enter(params.residual, i, x), weights)
         else:
-            x, _ = lax.scan(block, x, params.layers)
+            x, _ = scan_layers(block, x, params.layers, params.residual)
         hidden = self._leave(params, x, condition)
         return Begun(_shifted(hidden, seen.segments) if self.shift else hidden)
 
@@ -317,11 +267,12 @@ class Transformer:
         if self.unroll or isinstance(params.layers, tuple):
             made: list[tuple[jax.Array, ...]] = []
             for i, weights in enumerate(unstack(params, self.layers).layers):
-                x, renewed = block(x, (weights, held.k[i], held.v[i]))
+                x, renewed = block(enter(params.residual, i, x), (weights, held.k[i], held.v[i]))
                 made.append(renewed)
             k, v = zip(*made)
         else:
-            x, stacked = lax.scan(block, x, (params.layers, jnp.stack(held.k), jnp.stack(held.v)))
+            each = (params.layers, jnp.stack(held.k), jnp.stack(held.v))
+            x, stacked = scan_layers(block, x, each, params.residual)
             k, v = (tuple(part) for part in stacked)
         return self._leave(params, x, condition), replace(held, k=k, v=v)
 
@@ -352,11 +303,12 @@ class Transformer:
 
     def _enter(self, params: TransformerParams, tokens, positions, time):
         """The residual stream before the first layer, the rotations, and the condition of adaLN or None."""
+        check(params.residual, self.layers)
         dtype = compute_dtype(self.dtype)
         positions = default_positions(tokens) if positions is None else positions
         rotation = rotations(positions, self.dim_per_head, self.rope_theta, self.rope_scaling)
         x = embed(tokens, params.embedding).astype(dtype)
-        condition = self._condition(params, time)
+        condition = None if self.time == "none" else embed_time(params.time, time)
         if condition is not None and self.time == "sinusoidal":
             x = x + condition[:, None, :].astype(dtype)
             condition = None
@@ -381,6 +333,7 @@ class Transformer:
         places = cache.length[:, None] + default_positions(tokens)
         positions = places if positions is None else moved(positions, chunk.order)
         x, rotation, condition = self._enter(params, tokens, positions, time)
+        residual = reordered(params.residual, chunk.order, chunk.place)
         room: Any = cache.begin(chunk, places)  # each kind of cache knows its own
         renewed: list[Any] = []
         for i, weights in enumerate(unstack(params, self.layers).layers):
@@ -390,24 +343,12 @@ class Transformer:
                 renewed.append(layer)
                 return out
 
-            x = self._block(x, weights, attend, condition)
+            x = self._block(enter(residual, i, x), weights, attend, condition)
         return moved(self._leave(params, x, condition), chunk.place), cache.end(room, renewed)
 
     def head(self, params: TransformerParams, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """Logits in float32."""
         return readout(hidden, params.embedding if params.head is None else params.head)
-
-    def _condition(self, params: TransformerParams, time: jax.Array | None) -> jax.Array | None:
-        """The conditioning vector [batch, width] in float32 (Nichol and Dhariwal 2021), or None."""
-        if self.time == "none":
-            return None
-        if time is None or params.time is None:
-            raise ConfigError(f"a model with time={self.time!r} needs the time of each row", "pass time=float[batch]")
-        half = TIME_FEATURES // 2
-        rate = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-        angle = 1000.0 * time.astype(jnp.float32)[:, None] * rate[None, :]
-        features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-        return linear(jax.nn.silu(linear(features, params.time.first)), params.time.second)
 
     def _norm(self, x: jax.Array, scale: jax.Array) -> jax.Array:
         return (rms_norm if self.norm == "rms" else layer_norm)(x, scale, self.norm_eps)

@@ -361,10 +361,6 @@ def test_models_that_cannot_be_loaded(tmp_path, folder):
         lambda llm, model: llm.disable_learning(),
         lambda llm, model: llm.join_federation({}),
         lambda llm, model: llm.leave_federation(),
-        lambda llm, model: api.MDLMSampler.new().generate_with_talora(model, "a", 4, None),
-        lambda llm, model: api.MDLMSampler.new().generate_with_dgr(model, "a", 4, None),
-        lambda llm, model: api.RuvDLLMConfig(enable_talora=True),
-        lambda llm, model: api.RuvDLLMConfig(dgr_config={}),
     ],
 )
 def test_what_is_not_there_yet_says_so(call, llm, model):

@@ -138,7 +138,7 @@ def test_the_plain_forms_of_the_kernel_rows_compute_what_the_ops_do():
 
 
 def test_the_row_of_online_adaptation(monkeypatch, capsys):
-    row = rows_banks.micro_adapt_p99()
+    row = rows_banks.banks()[-1]
     job = {**row.job, "threads": 1, "dtype": "float32"}
     assert (job["hidden"], job["calls"], job["limit_s"]) == (4096, 10_000, 0.001)
     reports = []

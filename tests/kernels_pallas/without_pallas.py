@@ -17,9 +17,11 @@ import numpy as np
 
 from kernels_pallas.attention import Mask, attention
 from kernels_pallas.dispatch import ImplError
+from kernels_pallas.entropy import entropy
 from kernels_pallas.kv_attention import append, empty_pages, empty_tiers, kv_attention
 from kernels_pallas.lora_bank import lora_bank
 from kernels_pallas.quant_matmul import quant_matmul, quantize
+from kernels_pallas.retrieve import keys_of, retrieve
 from kernels_pallas.selective_scan import selective_scan, state_space_dual
 from kernels_pallas.unmask import draw_noise, masked_cross_entropy, unmask
 from ruvjax.core.params import init
@@ -62,9 +64,11 @@ def head(impl):
 
 OPS = {
     "attention": head,
+    "entropy": lambda impl: entropy(normal(3, 5, 70), impl=impl),
     "kv_attention": cached,
     "lora_bank": bank,
     "quant_matmul": lambda impl: quant_matmul(normal(4, 256), quantize(normal(256, 256), "Q8_0"), impl),
+    "retrieve": lambda impl: retrieve(keys_of(normal(50, 8)), jnp.arange(50) != 3, normal(2, 8), 4, impl=impl),
     "selective_scan": scan,
     "state_space_dual": dual,
     "masked_cross_entropy": lambda impl: masked_cross_entropy(normal(8, 256), jnp.arange(8), impl=impl),
