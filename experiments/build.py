@@ -22,7 +22,9 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from ruvjax.errors import ConfigError, RuvjaxError
 
 ALLOWED_PREFIX = "ruvjax."
-ALLOWED_MODULES = frozenset({"experiments.settings", "experiments.puzzle_settings", "experiments.repair_settings"})
+ALLOWED_MODULES = frozenset(
+    f"experiments.{name}" for name in ("settings", "puzzle_settings", "repair_settings", "adapt_settings")
+)
 NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -296,17 +296,23 @@ def _split_documents(
         splits[_split_of(_hash_share(document.name), valid_share, test_share)].append(document)
     if all(splits.values()):
         return splits
-    splits = {split: [] for split in SPLITS}
-    for document in documents:
-        for split, data in zip(SPLITS, _spans(document.data, valid_share, test_share)):
-            if data:
-                splits[split].append(Document(f"{document.name}#{split}", data))
+    splits = split_within(documents, valid_share, test_share)
     if not all(splits.values()) or any(document.prompt for document in documents):  # half an answer is no example
         size = sum(len(document.data) for document in documents)
         raise InputError(
             f"{origin!r} is too small to split: {size} bytes in {len(documents)} document(s)",
             "training, validation and test each need some of it; add text or raise valid_share and test_share",
         )
+    return splits
+
+
+def split_within(documents: Iterable[Document], valid_share: float, test_share: float) -> dict[str, list[Document]]:
+    """Every document cut into three spans at line ends: the first part for training, then validation, then test."""
+    splits: dict[str, list[Document]] = {split: [] for split in SPLITS}
+    for document in documents:
+        for split, data in zip(SPLITS, _spans(document.data, valid_share, test_share)):
+            if data:
+                splits[split].append(Document(f"{document.name}#{split}", data))
     return splits
 
 

@@ -54,6 +54,8 @@ class TrainerConfig:
         included, and leaves `reserve_seconds` for what follows training; `max_seconds` has no effect otherwise.
     checkpoint_every, eval_every: in updates; 0 for none along the way (a last checkpoint is always written).
     log_every: updates per log record. accumulation: micro-batches per update.
+    flat: end where the held-out loss of an evaluation is not lower than the one before by at least this share of it (0:
+        go on to the planned end). The learning rate still follows the plan.
     resume: "auto" continues from the newest checkpoint of the run folder, or starts where there is none; "never"
         starts, and refuses a folder that already holds checkpoints.
     """
@@ -66,6 +68,7 @@ class TrainerConfig:
     log_every: int = 10
     keep_checkpoints: int = 2
     accumulation: int = 1
+    flat: float = 0.0
     resume: str = "never"
 
     def __post_init__(self):
@@ -85,6 +88,10 @@ class TrainerConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
                 raise ConfigError(f"trainer.{name}={value!r} must be a number of seconds, at least 0")
+        if not isinstance(self.flat, (int, float)) or isinstance(self.flat, bool) or not 0 <= self.flat < 1:
+            raise ConfigError(f"trainer.flat={self.flat!r} must be a share of the loss, from 0 to below 1")
+        if self.flat and not self.eval_every:
+            raise ConfigError(f"trainer.flat={self.flat} compares evaluations", "set trainer.eval_every")
         if self.resume not in ("auto", "never"):
             raise ConfigError(f"trainer.resume={self.resume!r} is not known", "one of auto, never")
         if not self.steps and self.max_seconds <= self.reserve_seconds:
@@ -142,7 +149,7 @@ def fit(
         raise InputError(
             f"{run_dir} already holds checkpoints", "continue it with trainer.resume=auto, or set another run.dir"
         )
-    resumed_from, before = None, {"tokens": 0.0, "revisions": []}
+    resumed_from, before = None, {"tokens": 0.0, "revisions": [], "held_out": 0.0}
     if newest is not None:
         state, before = restore(newest, state)
         batches.set_state(before["data"])
@@ -156,6 +163,7 @@ def fit(
         with _signals() as caught:
             run = _Run(config, run_dir, on_log, time.monotonic() - elapsed, int(state.step), int(state.total))
             run.tokens, run.revisions = before["tokens"], before["revisions"]
+            run.held_out = before.get("held_out", 0.0)
             state = _steps(state, step, batches, run, checkpoints, caught, evaluate, sharding)
         with run.pause():
             _save(checkpoints, state, batches, run)
@@ -186,6 +194,7 @@ class _Run:
     window: list[dict[str, float]] = field(default_factory=list)  # metrics since the last log
     window_start: float = 0.0  # train_s at the last log
     revisions: list[dict[str, float]] = field(default_factory=list)
+    held_out: float = 0.0  # the loss of the last evaluation, 0 before the first
 
     def __post_init__(self):
         self.done = self.first
@@ -223,7 +232,11 @@ def _steps(state, step, batches, run: _Run, checkpoints, caught, evaluate, shard
             state, pending = _settle(state, *pending, run), None
         if due[0] and evaluate is not None:
             with run.pause():
-                run.on_log({"kind": "eval", "step": dispatched, **evaluate(state)})
+                found = evaluate(state)
+                run.on_log({"kind": "eval", "step": dispatched, **found})
+            if config.flat and 0 < (1 - config.flat) * run.held_out < found["eval_loss"]:
+                run.total = run.done
+            run.held_out = found.get("eval_loss", 0.0)
         if due[1] and dispatched < run.total:
             with run.pause():
                 _save(checkpoints, state, batches, run)
@@ -231,7 +244,8 @@ def _steps(state, step, batches, run: _Run, checkpoints, caught, evaluate, shard
 
 
 def _save(checkpoints: Checkpoints, state: TrainState, batches: Batches, run: _Run) -> None:
-    checkpoints.save(state, {"data": batches.get_state(), "tokens": run.tokens, "revisions": run.revisions})
+    progress = {"tokens": run.tokens, "revisions": run.revisions, "held_out": run.held_out}
+    checkpoints.save(state, {**progress, "data": batches.get_state()})
 
 
 def _place(batches: Batches, sharding: Sharding | None) -> Any:

@@ -135,3 +135,17 @@ def _svg(figure: Figure, name: str) -> str:
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, variable)
     return text.strip()
+
+
+def share_curve(points: Sequence[tuple[float, float, float, float]], x: str, y: str) -> str:
+    """SVG of a measured share [0, 1] with its interval, (x, mean, low, high) at each point, over x on a log scale."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.2, 2.8), layout="constrained")
+        axes = figure.add_subplot()
+        places, means, lows, highs = zip(*points)
+        axes.fill_between(places, lows, highs, color=FIRST, alpha=0.2, linewidth=0)
+        axes.plot(places, means, color=FIRST, marker="o", markersize=4)
+        axes.set_xscale("symlog", linthresh=max(1, min((p for p in places if p), default=1)))
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        return _svg(figure, "share")

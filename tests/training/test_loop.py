@@ -228,6 +228,22 @@ def test_evaluation_sees_the_state_and_is_recorded(toy, tmp_path, uninterrupted)
     assert latest(tmp_path).name == "10"
 
 
+def test_a_flat_held_out_loss_ends_the_run_also_after_a_resumption(toy, tmp_path):
+    losses = {2: 4.0, 4: 3.0, 6: 2.99, 8: 1.0}
+
+    def evaluate(state):
+        return {"eval_loss": losses[int(state.step)]}
+
+    flat = {"steps": 10, "eval_every": 2, "flat": 0.1, "evaluate": evaluate}
+    whole = toy.train(tmp_path / "whole", **flat)
+    assert int(whole.state.step) == 6 and saved_steps(tmp_path / "whole") == [6]
+    never = toy.train(tmp_path / "never", **{**flat, "flat": 0.003, "steps": 8})
+    assert int(never.state.step) == 8  # 0.33% better is better
+    toy.train(tmp_path / "part", steps=5, eval_every=2, evaluate=evaluate)
+    resumed = toy.train(tmp_path / "part", resume="auto", **flat)
+    assert int(resumed.state.step) == 6 and toy.digests(resumed.state) == toy.digests(whole.state)
+
+
 def test_data_that_ends_is_a_clear_error(toy, tmp_path):
     class Short(toy.Batches):
         def __next__(self):
