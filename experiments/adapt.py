@@ -160,9 +160,9 @@ def trained(work: Work, config: TALoRA, seed: int, *, together: bool = False) ->
 
 
 def retrieved(
-    work: Work, config: TALoRA, adapters: Adapters, keys: retrieving.Keys, scored: Any, seed: int, all_: bool
+    work: Work, config: TALoRA, adapters: Adapters, keys: retrieving.Keys, scored: Any, seed: int, further: bool
 ):
-    """The arms that retrieve; `all_`: every way to retrieve, and with distractors."""
+    """The arms that retrieve; `further`: every way to retrieve, and with distractors."""
     arms, guide = work.job.arms, work.job.guide
     banks = len(config.banks)
 
@@ -191,17 +191,14 @@ def learn_in_turn(work: Work, folder: Any) -> dict[str, list[forgetting.Course]]
     job, settings = work.job, work.job.sequence
     if not settings.domains:
         return {}
-    batch = job.arms.rows * len(work.domains)
     chosen = work.domains[: settings.domains]
     training = [domain.train for domain in chosen]
     each = max(1, (job.evaluation.rows or 32 * len(work.domains)) // len(work.domains))
-    programs = forgetting.programs(settings, work.loaded, job.optimizer, batch, training[0])
+    programs = forgetting.programs(settings, work.loaded, job.optimizer, training[0])
 
     def course(judged: Sequence[Packed], strength: float, seed: int) -> forgetting.Course:
         parts = [spread(part, each) for part in judged]
-        found = forgetting.course(
-            programs, settings, work.loaded, training, parts, batch=batch, strength=strength, seed=seed
-        )
+        found = forgetting.course(programs, settings, work.loaded, training, parts, strength=strength, seed=seed)
         record = {"strength": strength, "forgetting": float(found.forgetting.mean()), "new": found.new}
         folder.log({"kind": "course", "seed": seed, **record, "bits": found.bits.tolist()})
         note(f"in turn, strength {strength:g}: forgets {record['forgetting']:.3f} bits a byte, new {found.new:.3f}")

@@ -1,8 +1,7 @@
 """The job of `python -m experiments.adapt` as frozen dataclasses."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from experiments.settings import Evaluation, Kernels, ModelPath, Run, at_least
 from ruvjax.errors import ConfigError
@@ -17,7 +16,7 @@ class Domains:
     what precedes it by `valid_share` for choosing settings."""
 
     packages: tuple[str, ...] = ()
-    texts: Mapping[str, str] | None = None
+    texts: dict[str, str] = field(default_factory=dict)
     valid_share: float = 0.1
     test_share: float = 0.2
 
@@ -33,7 +32,7 @@ class Domains:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*self.packages, *(self.texts or {}))
+        return (*self.packages, *self.texts)
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Arms:
 
     rank: int = 30
     layer: int = 1
-    updates: int = 300
+    updates: int = 200
     rows: int = 2
     seeds: int = 3
     banks: tuple[int, ...] = (1, 2, 3, 5)
@@ -74,20 +73,21 @@ class Arms:
 class Sequence:
     """Domains one after the other, one adapter for all (`experiments.forgetting`); 0 domains: left out.
 
-    domains: how many of them. updates: of each. strengths: of elastic weight consolidation; the one is chosen that
+    domains: how many of them. updates, rows: steps for each, and rows in a step. strengths: of elastic weight consolidation; the one is chosen that
     forgets least on the validation parts while a new domain's loss is within `tolerance` of training without it.
     fisher: rows of a domain from which importance is estimated, at its end.
     """
 
     domains: int = 6
     rank: int = 8
-    updates: int = 120
-    strengths: tuple[float, ...] = (1.0, 10.0, 100.0)
+    updates: int = 80
+    rows: int = 8
+    strengths: tuple[float, ...] = (0.01, 0.1, 1.0)
     tolerance: float = 0.01
     fisher: int = 64
 
     def __post_init__(self):
-        at_least("sequence", self, domains=0, rank=1, updates=1, fisher=1)
+        at_least("sequence", self, domains=0, rank=1, updates=1, rows=1, fisher=1)
         if not self.strengths or min(self.strengths) <= 0:
             raise ConfigError(f"sequence.strengths={list(self.strengths)} must be positive numbers")
         if not 0 < self.tolerance < 1:

@@ -25,7 +25,7 @@ class Domain:
 def read_domains(settings: Domains, tokenizer: Tokenizer, length: int) -> list[Domain]:
     """Raises InputError for a package or text that is not there, or too small to cut."""
     found: dict[str, list[Document]] = dict(StdlibSource(without=settings.packages).packages())
-    for name, path in (settings.texts or {}).items():
+    for name, path in settings.texts.items():
         splits = TextSource(path=path).splits()
         found[name] = [document for documents in splits.values() for document in documents]
     return [_domain(name, documents, settings, tokenizer, length) for name, documents in found.items()]

@@ -74,10 +74,9 @@ class Course:
         return float(np.mean([self.bits[i + 1, i] for i in range(len(self.bits) - 1)]))
 
 
-def programs(
-    settings: adapt_settings.Sequence, loaded: Loaded, rate: OptimizerConfig, batch: int, text: Packed
-) -> Programs:
-    """`batch` rows like those of `text` in a step."""
+def programs(settings: adapt_settings.Sequence, loaded: Loaded, rate: OptimizerConfig, text: Packed) -> Programs:
+    """Compiled for rows like those of `text`."""
+    batch = settings.rows
     config = LoraConfig(rank=settings.rank, alpha=float(settings.rank), targets=TARGETS)
     optimizer = build_optimizer(rate, Adapters(config, loaded.model).spec())
     encode, project = encode_of(loaded.model, loaded.attention), project_of(loaded.model)
@@ -125,7 +124,6 @@ def course(
     training: Sequence[Packed],
     judged: Sequence[Packed],
     *,
-    batch: int,
     strength: float,
     seed: int,
 ) -> Course:
@@ -140,7 +138,7 @@ def course(
     rows = [bits()]
     for number, text in enumerate(training):
         state = _fresh(settings, programs.optimizer, adapters, seed + number)
-        stream = Pipeline(batch, text.length, seed=seed + number).batches(text)
+        stream = Pipeline(settings.rows, text.length, seed=seed + number).batches(text)
         for _ in range(settings.updates):
             taken = jax.tree.map(jnp.asarray, next(stream))
             given = Rows(taken, loaded.params, known, jnp.float32(strength))
