@@ -73,9 +73,9 @@ class Arms:
 class Sequence:
     """Domains one after the other, one adapter for all (`experiments.forgetting`); 0 domains: left out.
 
-    domains: how many of them. updates, rows: steps for each, and rows in a step. strengths: of elastic weight consolidation; the one is chosen that
-    forgets least on the validation parts while a new domain's loss is within `tolerance` of training without it.
-    fisher: rows of a domain from which importance is estimated, at its end.
+    domains: how many of them. updates, rows: steps for each, and rows in a step. strengths: of elastic weight
+    consolidation; the one is chosen that forgets least on the validation parts while a new domain's loss is within
+    `tolerance` of training without it. fisher: rows of a domain from which importance is estimated, at its end.
     """
 
     domains: int = 6

