@@ -155,7 +155,7 @@ def arms_table(arms: Sequence[dict[str, Any]]) -> str:
 def distractor_curve(arms: Sequence[dict[str, Any]]) -> str:
     banks = next((arm["banks"] for arm in arms if arm["distractors"]), 0)
     points = [
-        (arm["distractors"], arm["kept"], arm["kept_low"], arm["kept_high"])
+        (float(arm["distractors"]), arm["kept"], arm["kept_low"], arm["kept_high"])
         for arm in arms
         if arm["arm"].startswith("retrieved each step, ") and "DGR" not in arm["arm"] and arm["banks"] == banks
     ]

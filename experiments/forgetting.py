@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from ruvjax.lora.ewc import EwcState, Fisher
 
 from experiments import adapt_settings
 from experiments.adaptation import LOSS
@@ -26,6 +25,7 @@ from ruvjax.data.pipeline import Batch, Pipeline
 from ruvjax.diffusion.loss import objective
 from ruvjax.lora import ewc
 from ruvjax.lora.adapter import Adapters, attach, init, merge
+from ruvjax.lora.ewc import EwcState, Fisher
 from ruvjax.lora.sites import LoraConfig
 from ruvjax.training.optimizer import OptimizerConfig, build_optimizer, learning_rate
 from ruvjax.training.state import init_state

@@ -25,6 +25,7 @@ from experiments.settings import ModelPath
 from experiments.wiring import Loaded, export, load
 from kernels_pallas.attention import Mask
 from ruvjax.core.params import abstract, init, unstack
+from ruvjax.data.puzzles.solver import Box, candidates, search
 from ruvjax.data.tokenize import TokenizerConfig, train_tokenizer
 from ruvjax.errors import ConfigError, InputError, RunError
 from ruvjax.io.huggingface import load_model
@@ -132,6 +133,15 @@ def test_the_plain_forms_of_the_kernel_rows_compute_what_the_ops_do():
         plain, others, _ = ours_kernels.work_of({**job, "work": work, "form": "plain"})
         for one, other in zip(jax.tree.leaves(ours(*operands)), jax.tree.leaves(plain(*others)), strict=True):
             np.testing.assert_allclose(one, other, atol=tolerance, rtol=1e-3)
+    job |= {"heads": 2, "kv_heads": 2, "dim": 8, "selected": 2, "bank": 6, "rank": 2, "batch": 1, "kept": 64}
+    cases = {"masked_loss_grad": {}, "kv_attention_int8": {"length": 150}, "kv_attention_int4": {"length": 150}}
+    cases |= {work: {"width": 16} for work in ("lora_sequences", "lora_positions", "lora_dense")}
+    for work, more in cases.items():
+        ours, operands, needed = ours_kernels.work_of({**job, **more, "work": work})
+        plain, others, _ = ours_kernels.work_of({**job, **more, "work": work, "form": "plain"})
+        for one, other in zip(jax.tree.leaves(ours(*operands)), jax.tree.leaves(plain(*others)), strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-3)
+        assert needed["bytes"] > 0
     ours, operands, _ = ours_kernels.work_of({**job, "work": "unmask"})
     for one, other in zip(ours(*operands)[2:], ours_kernels.naive_unmask(*operands)[2:]):  # the draws differ in noise
         np.testing.assert_allclose(one, other, atol=1e-5)
@@ -233,13 +243,17 @@ def test_the_peers_sampling_loop_reveals_evenly_and_keeps_the_prompt(peer):
 
 def test_the_rows_of_decode():
     found = {row.name: row for row in rows_decode.decode()}
-    assert list(found) == (
-        "decode_f32 decode_q8_vs_f32 dual_cache_vs_uncached dual_cache_vs_llada_loop llama_cpp_q8".split()
+    assert (
+        list(found)
+        == (
+            "decode_f32 decode_q8_vs_f32 dual_cache_vs_uncached dual_cache_puzzle dual_cache_vs_llada_loop llama_cpp_q8"
+        ).split()
     )
     model = Transformer(**rows_decode.LLAMA)
     assert 60e6 < sum(np.prod(spec.shape) for spec in jax.tree.leaves(abstract(model))) < 66e6
     assert found["decode_f32"].tokens == 128 and found["decode_f32"].job["prompt"] == 64
-    assert found["dual_cache_vs_uncached"].tokens == 16 * 128  # half of 16 rows of 256
+    assert found["dual_cache_vs_uncached"].tokens == 8 * 256  # half of 8 rows of 512
+    assert found["dual_cache_puzzle"].tokens == 16 * 8 * 20  # 20 cells of each board
     assert found["decode_q8_vs_f32"].peer.title == "ruvjax float32" and found["decode_q8_vs_f32"].peer.is_ours
 
 
@@ -250,8 +264,9 @@ def test_files_are_made_once_and_named_to_both_sides(tmp_path, monkeypatch):
     console = bench.Console(quiet=True)
     for row in rows_decode.decode():
         told.append(bench.prepared(row, tmp_path, console)["folder"])
-    assert made == [("the model", "llama"), ("the model", "trained")]
-    assert told == [str(tmp_path / name) for name in ("llama", "llama", "trained", "trained", "llama")]
+    assert made == [("the model", name) for name in ("llama", "trained", "puzzles")]
+    kinds = ("llama", "llama", "trained", "puzzles", "trained", "llama")
+    assert told == [str(tmp_path / name) for name in kinds]
     assert bench.prepared(rows.diffusion()[0], tmp_path, console) == {}
 
     def alternate(sides, *rest):
@@ -265,6 +280,30 @@ def test_files_are_made_once_and_named_to_both_sides(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "alternate", alternate)
     record, _ = bench.measure(rows_decode.decode()[0], bench.Job("decode"), console, {"folder": told[0]})
     assert (record["ours_accuracy"], record["theirs_accuracy"], record["same_tokens"]) == (0.5, 0.25, 0.75)
+
+
+def test_rows_of_puzzles_hold_boards_with_one_solution(tmp_path, monkeypatch):
+    tokenizer = train_tokenizer(TokenizerConfig("bytes"), [])
+    given = {}
+
+    def trained(job, folder):
+        given["settings"] = job["settings"]
+        return Loaded(None, None, tokenizer)
+
+    monkeypatch.setattr(make_models, "_train", trained)
+    monkeypatch.setattr(make_models, "BOARDS", 30)
+    make_models.puzzles({"rows": 2, "length": 74, "block": 37, "masked": 20, "settings": []}, tmp_path)
+    text = (tmp_path / "boards.txt").read_text()
+    assert len(text.splitlines()) == 30 and given["settings"][-1] == f"data.path={tmp_path / 'boards.txt'}"
+    canvas = np.load(tmp_path / make_models.CANVAS)
+    assert canvas["text"].shape == (2, 74)
+    for row, masked in zip(canvas["text"].reshape(-1, 37), canvas["masked"].reshape(-1, 37)):
+        free = masked == tokenizer.mask_id
+        assert free.sum() == 20 and not free[36] and (row[~free] == masked[~free]).all()
+        board = np.array([int(digit) for digit in tokenizer.decode(row[:36])])
+        clues = np.where(free[:36], 0, board)[None]
+        found = search(candidates(clues, Box(2, 3)), Box(2, 3))
+        assert found.solutions[0] == 1
 
 
 TINY_LLAMA = {
