@@ -24,7 +24,7 @@ STEP = {
     "boundaries": [700, 300],
     "layer": 3,
     "warmup": 1,
-    "repeats": 4,
+    "repeats": 3,
 }
 
 

@@ -16,7 +16,7 @@ SEARCH = {**rows_banks.SEARCH, "count": 2000, "dim": 16, "k": 8, "warmup": 1, "r
 
 def test_the_rows_and_their_sizes():
     found = {row.name: row for row in rows_banks.banks()}
-    assert list(found) == ["retrieve_100k", "talora_dgr_step"]
+    assert list(found)[:2] == ["retrieve_100k", "talora_dgr_step"]
     assert (found["retrieve_100k"].job["count"], found["retrieve_100k"].job["dim"]) == (100_000, 256)
     step = found["talora_dgr_step"].job
     assert (step["layers"], step["width"], step["vocab_size"], step["length"]) == (6, 256, 8192, 256)
