@@ -168,7 +168,14 @@ def test_every_precision_says_the_same(folder, precision):
     assert backend.memory_stats().weights == info.memory_bytes < info.parameters * 4 + 1
 
 
-@pytest.mark.parametrize("store", [*CacheQuantization, Precision.Q8, Precision.Q4K])
+# One of each kind; the others are among the slow tests.
+STORES = [
+    store if store in (CacheQuantization.INT4_ROTATED, Precision.Q8) else pytest.param(store, marks=pytest.mark.slow)
+    for store in (*CacheQuantization, Precision.Q8, Precision.Q4K)
+]
+
+
+@pytest.mark.parametrize("store", STORES)
 def test_a_cache_in_two_tiers(folder, loaded, store):
     cache = KvCacheConfig(tail_length=8, migration_batch=4, store_precision=store, max_tokens=80)
     backend = JaxBackend()

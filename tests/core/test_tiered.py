@@ -37,7 +37,9 @@ def test_an_unquantized_tail_is_the_plain_cache(tiny_model, tiny_params, rows):
     assert cache.length.tolist() == [48, 48] and int(cache.pages.stored.max()) == 0
 
 
-@pytest.mark.parametrize(("store", "worst"), [("int8", 0.02), ("int4", 0.4), ("int4_rotated", 0.4)])
+@pytest.mark.parametrize(
+    ("store", "worst"), [pytest.param("int8", 0.02, marks=pytest.mark.slow), ("int4", 0.4), ("int4_rotated", 0.4)]
+)
 def test_older_tokens_move_to_the_store_and_the_logits_stay_near(tiny_model, tiny_params, rows, store, worst):
     model = Transformer(**{**vars(tiny_model), "max_length": 64})
     sizes = [16, 16] + [1] * 16
@@ -50,6 +52,7 @@ def test_older_tokens_move_to_the_store_and_the_logits_stay_near(tiny_model, tin
     assert error > 1e-6  # it was quantized at all
 
 
+@pytest.mark.slow
 def test_padding_and_neighbours_do_not_matter(tiny_model, tiny_params, rows):
     """A row alone, and the same one padded on its left beside another, that is longer."""
     model = Transformer(**{**vars(tiny_model), "max_length": 64})

@@ -41,7 +41,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [m if m == "mamba" else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
 def test_train_evaluate_and_sample(workplace, capsys, model):
     command = [*SMOKE, "data.path=corpus", "samples.length=24", *MODELS[model]]
     trained = summary(capsys, main("train", train.run, command))

@@ -125,6 +125,7 @@ def test_of_settings_alike_in_speed_the_leanest_is_kept():
     assert measure.best_of([({"seconds": [s]}, name) for s, name in ((1.01, "a"), (1.0, "b"))])[1] == "b"
 
 
+@pytest.mark.slow
 def test_the_plain_forms_of_the_kernel_rows_compute_what_the_ops_do():
     job = {"form": "product", "dtype": "float32", "batch": 2, "length": 9, "width": 4, "state": 3, "rows": 5}
     job |= {"vocab_size": 40, "size": 256}
@@ -324,6 +325,7 @@ def llama(tmp_path_factory):
     return {"folder": str(folder), "prompt": 6, "generated": 9}
 
 
+@pytest.mark.slow
 def test_decoding_gives_the_tokens_of_the_whole_forward_pass(llama):
     model, params, weights = ours_decode.loaded({**llama, "form": "float32"})
     row = ours_decode.prompt_of(llama, 64)

@@ -109,6 +109,7 @@ def test_sample_fills_gaps_and_streams_its_events(workplace, trained):
         assert text in done.stdout
 
 
+@pytest.mark.slow
 def test_a_stream_on_stdout_ends_before_the_last_line(workplace, trained):
     done = call(workplace, "sample", "model.path=trained", "sample.length=12", "sampler.steps=2", "sample.stream=-")
     summary_of(done)
@@ -142,6 +143,7 @@ def test_evaluate_agrees_with_the_training_run(workplace, trained):
     assert ours["order1_bits_per_byte"] == theirs["order1_bits_per_byte"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_cut_short(workplace, trained):
     call(workplace, "train", *SMOKE, "data.path=corpus", "run.dir=cut", "samples.generated=0", "samples.infilled=0")
     for path in (workplace / "cut" / "checkpoints" / "6" / "state").rglob("*"):

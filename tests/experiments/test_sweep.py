@@ -20,6 +20,7 @@ def sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_two_jobs_in_processes_of_their_own(tmp_path):
     (tmp_path / "corpus.txt").write_text("some words and more of them\n" * 100)
     done = sweep(tmp_path, "data=text", "data.path=corpus.txt", "data.test_share=0.1,0.2")

@@ -1,7 +1,6 @@
 """The CUDA bodies: lowered for a GPU, and interpreted where jax can (from 0.11 on). Never run on one here."""
 
 import contextlib
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -121,8 +120,7 @@ def device(monkeypatch):
     """`device(capability, runtime)`: pretend that the process holds such a GPU and CUDA runtime."""
 
     def hold(capability, runtime=13000):
-        monkeypatch.setattr(gpu, "platforms", lambda: ("cuda", "cpu"))
-        monkeypatch.setattr(jax, "devices", lambda _: [SimpleNamespace(compute_capability=capability)])
+        monkeypatch.setattr(compat, "compute_capability", lambda: capability)
         monkeypatch.setattr(compat, "cuda_runtime", lambda: runtime)
 
     return hold

@@ -47,6 +47,7 @@ MODELS = {
     "trm": TinyRecursive(**BOARD, copy=1, marks=2, dtype="float64"),
     "trm_axial": TinyRecursive(**BOARD, mixer="axial", dtype="float64"),
 }
+QUICK = ("transformer", "scanned", "mamba")  # the others compile for ten seconds each
 TRANSFORMER = ("layers.q", "layers.k", "layers.v", "layers.o", "layers.up", "layers.down", "layers.gate")
 SITES = {
     "transformer": set(TRANSFORMER),
@@ -111,7 +112,7 @@ def test_the_linear_sites_of_a_family(name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "trm" else []) for name in MODELS]
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in MODELS]
 )
 def test_a_new_adapter_changes_nothing_and_a_trained_one_is_the_merged_weights(name):
     model, wide = MODELS[name], MODELS[name].dtype == "float64"

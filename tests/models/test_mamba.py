@@ -49,7 +49,9 @@ def close(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=TOLERANCE), one, other)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [name if name in MODELS else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
 def test_scan_and_loop_agree_and_every_weight_matters(name):
     model = VARIANTS[name]
     params, x = noisy(model), tokens()

@@ -40,7 +40,13 @@ def times(model, batch=2):
     return None if model.time == "none" else jnp.linspace(0.2, 0.9, batch)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("llama", "sinusoidal", "dream") else pytest.param(name, marks=pytest.mark.slow)
+        for name in VARIANTS
+    ],
+)
 def test_scan_and_loop_agree_and_every_weight_matters(name):
     model = VARIANTS[name]
     params, x = noisy(model), tokens()

@@ -53,7 +53,9 @@ def in_chunks(model, params, tokens, sizes, mask=CAUSAL, capacity=16):
     return jnp.concatenate(found, axis=1), cache
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("llama", "mistral") else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
 def test_chunks_equal_one_pass(name):
     model, params, tokens = VARIANTS[name], drawn(VARIANTS[name]), text()
     whole = model.apply(params, tokens, mask=CAUSAL).logits

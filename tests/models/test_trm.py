@@ -152,7 +152,10 @@ def boards(rows=4, seed=0, first=0):
     return jax.tree.map(jnp.asarray, drawn)
 
 
-@pytest.mark.parametrize("mixer", ["mlp", "attention", "axial"])
+SLOW_AXIAL = ["mlp", "attention", pytest.param("axial", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("mixer", SLOW_AXIAL)
 def test_only_the_last_cycle_carries_gradient(mixer):
     """Finite differences that freeze the first cycles agree; those that move them too do not."""
     model, params = tiny(mixer)
@@ -337,6 +340,7 @@ def test_micro_batches_give_the_gradient_of_the_batch():
     assert metrics["tokens"] == sums["tokens"]
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32():
     model, params = tiny(width=32, mlp_width=64)
     half = dataclasses.replace(model, dtype="bfloat16")
