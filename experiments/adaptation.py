@@ -52,11 +52,11 @@ class Rows:
 
 @struct.dataclass
 class Attached:
-    """What a forward pass with the adapters of known domains runs on."""
+    """What a forward pass with the adapters of known domains runs on. domain: of each row; None: the carry tells."""
 
     base: TransformerParams
     adapters: Adapters
-    domain: jax.Array
+    domain: jax.Array | None
 
 
 def banks_of(count: int, width: int, rank: int, capacity: int, layer: int, k: int, temperature: float) -> TALoRA:
@@ -87,6 +87,7 @@ def attached_encode(config: TALoRA, loaded: Loaded) -> Callable[..., Any]:
     encode = encode_of(loaded.model, loaded.attention)
 
     def run(params: Attached, tokens, time, mask, positions):
+        assert params.domain is not None
         residual = own_adapters(config, params.adapters, params.domain, time)
         return encode(replace(params.base, residual=residual), tokens, time, mask, positions)
 

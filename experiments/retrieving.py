@@ -28,6 +28,7 @@ from ruvjax.lora import denoise, talora
 from ruvjax.lora.bank import Bank
 from ruvjax.lora.guided import DGR
 from ruvjax.lora.talora import TIMESTEPS, TALoRA
+from ruvjax.models.transformer import Transformer
 
 When = Literal["step", "once"]
 SEEN_ONCE = 0.1  # the share of a text that the query of a retrieval made once for all steps is taken from
@@ -55,9 +56,12 @@ class Told:
 def plain(loaded: Loaded) -> Callable[..., tuple[Output, Any]]:
     """`(params, tokens, time, segments) -> (Output, segments)` of the model alone."""
 
+    model = loaded.model
+    assert isinstance(model, Transformer)
+
     def run(params, tokens, time, segments):
         mask = Mask(segments=segments)
-        return loaded.model.apply(params, tokens, mask=mask, time=time, impl=loaded.attention), segments
+        return model.apply(params, tokens, mask=mask, time=time, impl=loaded.attention), segments
 
     return run
 
@@ -111,7 +115,8 @@ def retrieved_forward(
     def forward(found: Found, tokens, time, told: Told):
         real = told.segments != 0
         earlier, before = hidden_before(tokens, told.place, real, mask_id, when, steps)
-        first = denoise.begin(config, *tokens.shape, told.segments, guide=guide, segments=told.segments)
+        batch, length = tokens.shape
+        first = denoise.begin(config, batch, length, told.segments, guide=guide, segments=told.segments)
         _, memory = run(found.params, earlier, before, first)
         centre = talora.blend(config, TIMESTEPS * before).T @ found.centres
         memory = memory.replace(query=memory.query - centre)
