@@ -30,7 +30,7 @@ RANDOM = {"make": "llama", "model": LLAMA}
 GREEDY = {"work": "decode", "prompt": 64, "generated": 128, "warmup": 1, "repeats": 4}
 # Held-out rows, one at a time; of every 64 bytes half are masked.
 CANVAS = {"rows": 8, "length": 512, "block": 64, "masked": 32}
-TEXT = {"make": "trained", "steps": 2500, "batch": 4, "settings": [], **CANVAS}  # three minutes on two cores
+TEXT = {"make": "trained", "steps": 2500, "batch": 4, "settings": [], **CANVAS}  # three to eight minutes on two cores
 # Eight boards a row, a block each: 36 cells, 20 of them open, and the end of the line.
 BOARDS = {"rows": 16, "length": 296, "block": 37, "masked": 20}
 PUZZLES = {"make": "puzzles", "steps": 1500, "batch": 8, "settings": [], **BOARDS}
