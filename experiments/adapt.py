@@ -7,7 +7,7 @@ with those that are retrieved. Then one adapter learns the domains one after the
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from experiments.domains import Domain, check_unseen, read_domains
 from experiments.evidence import Record
 from experiments.retrieving import Found, Scored
 from experiments.runner import main
+from experiments.scoring import spread
 from experiments.settings import Launch
 from experiments.terminal import note
 from experiments.wiring import Loaded
@@ -35,6 +36,7 @@ from ruvjax.lora.talora import TALoRA
 from ruvjax.models.transformer import Transformer
 from ruvjax.training.provenance import collect_provenance
 
+Judge = Callable[[Any], Scored]  # parameters -> what they make of the held-out text
 OTHER_ROWS = 512  # rows of the base's training text: the common hidden state, and the keys of distractors
 
 
@@ -78,11 +80,12 @@ def run(job: Adapt, launch: Launch) -> Path:
                 folder.log({"kind": "arm", **asdict(record)})
                 note(f"seed {seed}, {record.line()}")
         courses = learn_in_turn(work, folder)
-        metrics = evidence.metrics(records, courses) | {
+        found = evidence.metrics(records, courses)
+        metrics = found | {
             "adapter_parameters": len(work.domains) * job.arms.rank * 2 * loaded.model.width,
             "domains": [domain.name for domain in work.domains],
         }
-        evidence.write(folder, records, courses, [domain.name for domain in work.domains], provenance)
+        evidence.write(folder, found, courses, [domain.name for domain in work.domains], provenance)
         note(f"report {folder.report}")
         return folder.finish("done", metrics, time.monotonic() - started)
 
@@ -103,17 +106,10 @@ def prepare(job: Adapt, loaded: Loaded) -> Work:
     seen = StdlibSource(without=job.domains.packages).documents("train")
     others = spread(pack_documents(seen, loaded.tokenizer, length, "concat"), OTHER_ROWS)
     each = max(1, job.evaluation.rows // len(domains)) if job.evaluation.rows else 0
-    test = [spread(domain.test, each) if each else domain.test for domain in domains]
+    test = [spread(domain.test, each) for domain in domains]
     sizes = ", ".join(f"{d.name} {d.train.bytes.sum() / 1e3:,.0f} kB" for d in domains)
     note(f"domains: {sizes}; {sum(part.rows for part in test)} rows of {length} tokens are predicted")
     return Work(job, loaded, domains, others, test)
-
-
-def spread(packed: Packed, rows: int) -> Packed:
-    """At most `rows` rows, taken evenly."""
-    chosen = np.unique(np.linspace(0, packed.rows - 1, min(rows, packed.rows)).astype(int))
-    names = ("tokens", "segments", "fixed", "bytes", "document")
-    return Packed(*(getattr(packed, name)[chosen] for name in names))
 
 
 def compare(work: Work, seed: int):
@@ -121,25 +117,24 @@ def compare(work: Work, seed: int):
     job, arms = work.job, work.job.arms
     key = jax.random.fold_in(jax.random.key(job.seed), seed)
 
-    def scored(forward: Any, params: Any) -> Scored:
+    def judge(forward: Any) -> Judge:
         estimate = retrieving.estimator(work.loaded, forward, job.evaluation.samples)
-        return retrieving.score(estimate, params, work.test, key)
+        return lambda params: retrieving.score(estimate, params, work.test, key)
 
-    yield evidence.record("base", seed, scored(retrieving.base_forward(work.loaded), work.loaded.params))
+    yield evidence.record("base", seed, judge(retrieving.base_forward(work.loaded))(work.loaded.params))
     one = work.talora(1, arms.rank * len(work.domains))
     adapters = trained(work, one, seed, together=True)
-    forward = retrieving.attached_forward(one, work.loaded)
-    yield evidence.record("one adapter", seed, scored(forward, Attached(work.loaded.params, adapters, jnp.zeros(()))))
+    scored = judge(retrieving.attached_forward(one, work.loaded))
+    yield evidence.record("one adapter", seed, scored(Attached(work.loaded.params, adapters, jnp.zeros(()))))
     for banks in sorted(set(arms.banks)):
         config = work.talora(banks, arms.rank // banks)
         adapters = trained(work, config, seed)
-        forward = retrieving.attached_forward(config, work.loaded)
-        known = scored(forward, Attached(work.loaded.params, adapters, None))
+        known = judge(retrieving.attached_forward(config, work.loaded))(Attached(work.loaded.params, adapters, None))
         yield evidence.record("oracle", seed, known, banks=banks)
         keys = retrieving.make_keys(
             config, work.loaded, [d.train for d in work.domains], work.others, arms.keys, job.seed + seed
         )
-        yield from retrieved(work, config, adapters, keys, scored, seed, banks == work.main_banks)
+        yield from retrieved(work, config, adapters, keys, judge, seed, banks == work.main_banks)
 
 
 def trained(work: Work, config: TALoRA, seed: int, *, together: bool = False) -> Adapters:
@@ -160,7 +155,7 @@ def trained(work: Work, config: TALoRA, seed: int, *, together: bool = False) ->
 
 
 def retrieved(
-    work: Work, config: TALoRA, adapters: Adapters, keys: retrieving.Keys, scored: Any, seed: int, further: bool
+    work: Work, config: TALoRA, adapters: Adapters, keys: retrieving.Keys, judge: Any, seed: int, further: bool
 ):
     """The arms that retrieve; `further`: every way to retrieve, and with distractors."""
     arms, guide = work.job.arms, work.job.guide
@@ -170,19 +165,19 @@ def retrieved(
         made = retrieving.make_banks(config, adapters, keys, seed=seed, **settings)
         return Found(Params(work.loaded.params, made), jnp.asarray(keys.centres, jnp.float32))
 
-    def forward(when: retrieving.When = "step", guided: bool = False) -> Any:
+    def scored(when: retrieving.When = "step", guided: bool = False) -> Judge:
         chosen = guide if guided else None
-        return retrieving.retrieved_forward(config, work.loaded, when=when, steps=arms.steps, guide=chosen)
+        return judge(retrieving.retrieved_forward(config, work.loaded, when=when, steps=arms.steps, guide=chosen))
 
-    per_step, plain = forward(), found()
-    yield evidence.record("retrieved each step", seed, scored(per_step, plain), banks=banks)
+    per_step, plain = scored(), found()  # one program for all banks of one size
+    yield evidence.record("retrieved each step", seed, per_step(plain), banks=banks)
     if not further:
         return
-    yield evidence.record("retrieved once", seed, scored(forward("once"), plain), banks=banks)
-    yield evidence.record("retrieved each step, with DGR", seed, scored(forward(guided=True), plain), banks=banks)
-    yield evidence.record("at random", seed, scored(per_step, found(dealt=True)), banks=banks)
+    yield evidence.record("retrieved once", seed, scored("once")(plain), banks=banks)
+    yield evidence.record("retrieved each step, with DGR", seed, scored(guided=True)(plain), banks=banks)
+    yield evidence.record("at random", seed, per_step(found(dealt=True)), banks=banks)
     for count in arms.distractors[1:]:
-        result = scored(per_step, found(distractors=count))
+        result = per_step(found(distractors=count))
         yield evidence.record("retrieved each step", seed, result, banks=banks, distractors=count)
 
 

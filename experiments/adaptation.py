@@ -5,7 +5,7 @@ mixes them at the row's time, so one pass trains them all.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -66,12 +66,19 @@ def banks_of(count: int, width: int, rank: int, capacity: int, layer: int, k: in
     return TALoRA(width, banks, edges, layer=layer, k=k, weighting="softmax", temperature=temperature)
 
 
-def declared(count: int, width: int, rank: int) -> Adapters:
-    """`count` adapters that change nothing yet."""
-    return Adapters(
-        declare((count, width, rank), ("bank", "embed", "rank"), "normal", width**-0.5),
-        declare((count, rank, width), ("bank", "rank", "embed"), "zeros"),
-    )
+@dataclass(frozen=True)
+class Fresh:
+    """`count` adapters that change nothing yet, declared as a model's parameters are."""
+
+    count: int
+    width: int
+    rank: int
+
+    def spec(self) -> Adapters:
+        return Adapters(
+            declare((self.count, self.width, self.rank), ("bank", "embed", "rank"), "normal", self.width**-0.5),
+            declare((self.count, self.rank, self.width), ("bank", "rank", "embed"), "zeros"),
+        )
 
 
 def own_adapters(config: TALoRA, adapters: Adapters, domain: jax.Array, time: jax.Array) -> Residual:
@@ -110,12 +117,7 @@ def train(
     together: one adapter in each bank for all domains.
     """
     names = 1 if together else len(domains)
-    spec = declared(len(config.banks) * names, config.hidden, config.banks[0][1])
-
-    class Model:
-        def spec(self) -> Adapters:
-            return spec
-
+    fresh = Fresh(len(config.banks) * names, config.hidden, config.banks[0][1])
     key = jax.random.key(seed)
     batch_size = rows * len(domains)
     project = project_of(loaded.model)
@@ -130,8 +132,8 @@ def train(
     def adapters_objective(adapters: Adapters, carry: Any, rows: Rows, key: jax.Array):
         return loss(Attached(rows.base, adapters, rows.domain), carry, rows.batch, key)
 
-    optimizer = build_optimizer(optimizer_config, spec)
-    state = init_state(init(Model(), jax.random.fold_in(key, 1)), optimizer, jax.random.fold_in(key, 2))
+    optimizer = build_optimizer(optimizer_config, fresh.spec())
+    state = init_state(init(fresh, jax.random.fold_in(key, 1)), optimizer, jax.random.fold_in(key, 2))
     state = replace(state, total=jnp.int32(updates))
     step = make_step(adapters_objective, optimizer, partial(learning_rate, optimizer_config))
     length = domains[0].train.length

@@ -102,10 +102,9 @@ def _numbers(name: str, interval: Interval) -> dict[str, float]:
 
 
 def write(
-    folder: RunFolder, records: Sequence[Record], courses: Courses, domains: Sequence[str], provenance: dict[str, Any]
+    folder: RunFolder, found: dict[str, Any], courses: Courses, domains: Sequence[str], provenance: dict[str, Any]
 ) -> None:
-    """report.html."""
-    found = metrics(records, courses)
+    """report.html of the figures that `metrics` found."""
     best = max(found["arms"], key=lambda arm: arm["gain"] if arm["arm"].startswith("oracle") else -1)
     numbers = [report.Number("gain of the right adapter", f"{best['gain']:.1%}", f"{best['arm']}, over the base")]
     share = avoided(courses)

@@ -276,17 +276,3 @@ def make_banks(
             )
         )
     return tuple(made)
-
-
-def right_share(config: TALoRA, banks: Sequence[Bank], keys: Keys, asked: Sequence[np.ndarray]) -> list[float]:
-    """For each bank, the weight that falls on adapters of the right domain: `asked` holds queries of each domain in
-    turn, [domains * n, width], relative to the centre."""
-    shares: list[float] = []
-    for bank, rows in zip(banks, asked):
-        slots, similarity = banking.retrieve(bank, jnp.asarray(rows, jnp.float32), config.k)
-        hits = talora.Hits(slots[None], similarity[None], jnp.ones(1))
-        weights = np.asarray(talora.weigh(config, hits))[0]
-        owners = np.concatenate([keys.domain, np.full(bank.capacity - len(keys.domain), -1)])[np.asarray(slots)]
-        right = np.repeat(np.arange(int(keys.domain.max()) + 1), len(rows) // (int(keys.domain.max()) + 1))
-        shares.append(float((weights * (owners == right[:, None])).sum() / weights.sum()))
-    return shares

@@ -82,9 +82,8 @@ class StdlibSource:
     def splits(self) -> dict[str, list[Document]]:
         root = Path(self.root or sysconfig.get_path("stdlib"))
         splits: dict[str, list[Document]] = {split: [] for split in SPLITS}
-        left_out = {document.name for documents in self.packages().values() for document in documents}
-        for document in _unique(self._files(root)):
-            if document.name in left_out:
+        for document in self._documents(root):
+            if stdlib_group(document.name) in self.without:
                 continue
             share = _hash_share(_STDLIB_SALT + stdlib_group(document.name))
             splits[_split_of(share, self.valid_share, self.test_share)].append(document)
@@ -101,13 +100,18 @@ class StdlibSource:
     def packages(self) -> dict[str, list[Document]]:
         """The documents of each package of `without`."""
         found: dict[str, list[Document]] = {name: [] for name in self.without}
-        for document in _unique(self._files(Path(self.root or sysconfig.get_path("stdlib")))) if found else ():
+        for document in self._documents(Path(self.root or sysconfig.get_path("stdlib"))):
             if (name := stdlib_group(document.name)) in found:
                 found[name].append(document)
-        for name, documents in found.items():
-            if not documents:
-                raise InputError(f"this interpreter's library has no package {name!r}", "leave it out of data.without")
         return found
+
+    def _documents(self, root: Path) -> list[Document]:
+        documents = list(_unique(self._files(root)))
+        groups = {stdlib_group(document.name) for document in documents}
+        for name in self.without:
+            if name not in groups:
+                raise InputError(f"this interpreter's library has no package {name!r}", "leave it out of data.without")
+        return documents
 
     def _files(self, root: Path) -> Iterator[Document]:
         paths: list[Path] = []
