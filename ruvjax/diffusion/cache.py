@@ -143,10 +143,14 @@ def cached(
             turned = _if(entry_due, passes.span(size, jnp.clip(first - width, 0, length), entry_due), step)
             hidden, held = _pick(entry_due, turned[0], hidden), turned[1]
         needed = view.active if sampler.meter else whole_due
-        full, renewed = _if(needed, passes.whole, (before, held))
+
+        def renew(step: _Step) -> _Step:
+            full, made = passes.whole(step)
+            k, v = jax.tree.map(partial(_pick, whole_due), (made.k, made.v), (step[1].k, step[1].v))
+            return full, replace(made, k=k, v=v)
+
+        full, held = _if(needed, renew, (before, held))
         hidden = _pick(whole_due, full, hidden)
-        k, v = jax.tree.map(partial(_pick, whole_due), (renewed.k, renewed.v), (held.k, held.v))
-        held = replace(held, k=k, v=v)
 
         logits = project(params, hidden)
         drift, kl, metered, interval = carry.drift, carry.kl, carry.metered, carry.interval
