@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ from ruvjax.data.pack import Packed, pack_documents
 from ruvjax.data.sources import StdlibSource
 from ruvjax.errors import ConfigError
 from ruvjax.lora.denoise import Params
+from ruvjax.lora.layout import Layout, layout
 from ruvjax.lora.talora import TALoRA
 from ruvjax.models.transformer import Transformer
 from ruvjax.training.provenance import collect_provenance
 
 Judge = Callable[[Any], Scored]  # parameters -> what they make of the held-out text
+MOST_BYTES = 6e9  # of a bank with distractors
 OTHER_ROWS = 512  # rows of the base's training text: the common hidden state, and the keys of distractors
 
 
@@ -50,16 +53,15 @@ class Work:
     others: Packed
     test: list[Packed]
 
-    @property
-    def main_banks(self) -> int:
-        """The number of banks of the arms that are compared further: three as documented, or the largest."""
-        return 3 if 3 in self.job.arms.banks else max(self.job.arms.banks)
+    @cached_property
+    def layout(self) -> Layout | None:
+        return layout(self.loaded.model, self.job.arms.sites) if self.job.arms.sites else None
 
     def talora(self, banks: int, rank: int) -> TALoRA:
         arms = self.job.arms
         capacity = len(self.domains) * arms.keys
-        width = self.loaded.model.width
-        return adaptation.banks_of(banks, width, rank, capacity, arms.layer, arms.k, arms.temperature)
+        width, sites = self.loaded.model.width, self.layout
+        return adaptation.banks_of(banks, width, rank, capacity, arms.layer, arms.k, arms.temperature, sites)
 
 
 def run(job: Adapt, launch: Launch) -> Path:
@@ -82,7 +84,7 @@ def run(job: Adapt, launch: Launch) -> Path:
         courses = learn_in_turn(work, folder)
         found = evidence.metrics(records, courses)
         metrics = found | {
-            "adapter_parameters": len(work.domains) * job.arms.rank * 2 * loaded.model.width,
+            "adapter_parameters": len(work.domains) * job.arms.rank * width(job, loaded),
             "domains": [domain.name for domain in work.domains],
         }
         evidence.write(folder, found, courses, [domain.name for domain in work.domains], provenance)
@@ -97,7 +99,22 @@ def check(job: Adapt, loaded: Loaded) -> None:
         raise ConfigError("adapt: banks are compared on masked diffusion transformers", "experiment=talora_base")
     if not 0 <= job.arms.layer < model.layers:
         raise ConfigError(f"arms.layer={job.arms.layer} of a model of {model.layers} layers", "0 to layers - 1")
+    numbers = job.arms.rank // job.arms.main_banks * width(job, loaded) * max(job.arms.distractors)
+    if job.arms.sites and 4 * numbers > MOST_BYTES:
+        raise ConfigError(
+            f"arms.distractors={list(job.arms.distractors)} at sites {', '.join(job.arms.sites)} take "
+            f"{4 * numbers / 1e9:.0f} GB",
+            "fewer of them, a smaller rank, or arms.sites=[]",
+        )
     check_unseen(job.model.path, job.domains)
+
+
+def width(job: Adapt, loaded: Loaded) -> int:
+    """Numbers of an adapter of rank 1."""
+    if not job.arms.sites:
+        return 2 * loaded.model.width
+    sites = layout(loaded.model, job.arms.sites)
+    return sites.rows + sites.columns
 
 
 def prepare(job: Adapt, loaded: Loaded) -> Work:
@@ -134,7 +151,7 @@ def compare(work: Work, seed: int):
         keys = retrieving.make_keys(
             config, work.loaded, [d.train for d in work.domains], work.others, arms.keys, job.seed + seed
         )
-        yield from retrieved(work, config, adapters, keys, judge, seed, banks == work.main_banks)
+        yield from retrieved(work, config, adapters, keys, judge, seed, banks == arms.main_banks)
 
 
 def trained(work: Work, config: TALoRA, seed: int, *, together: bool = False) -> Adapters:
@@ -174,7 +191,8 @@ def retrieved(
     if not further:
         return
     yield evidence.record("retrieved once", seed, scored("once")(plain), banks=banks)
-    yield evidence.record("retrieved each step, with DGR", seed, scored(guided=True)(plain), banks=banks)
+    if config.layout is None:  # what DGR chooses for positions acts on the residual stream
+        yield evidence.record("retrieved each step, with DGR", seed, scored(guided=True)(plain), banks=banks)
     yield evidence.record("at random", seed, per_step(found(dealt=True)), banks=banks)
     for count in arms.distractors[1:]:
         result = per_step(found(distractors=count))

@@ -41,14 +41,16 @@ class Arms:
     among the banks of a domain, and one adapter for all domains has the rank of all of them.
 
     rank: of the one adapter of a domain; a multiple of each number of `banks`. layer: the one before which adapters
-    act. updates, rows: optimisation steps, and rows of each domain in each. seeds: repetitions of everything but the
-    base. keys: of each domain in each bank, hidden states of its training rows. steps: denoising steps that a text
-    takes, which says how far back the query comes from. k: adapters retrieved. temperature: of the weights over them.
-    distractors: adapters of no domain that are put beside the others, all banks together.
+    act; sites: the linear sites at which they act instead, such as [q, v, up, down]. updates, rows: optimisation steps,
+    and rows of each domain in each. seeds: repetitions of everything but the base. keys: of each domain in each bank,
+    hidden states of its training rows. steps: denoising steps that a text takes, which says how far back the query
+    comes from. k: adapters retrieved. temperature: of the weights over them. distractors: adapters of no domain that
+    are put beside the others, all banks together.
     """
 
     rank: int = 30
     layer: int = 1
+    sites: tuple[str, ...] = ()
     updates: int = 200
     rows: int = 2
     seeds: int = 3
@@ -65,8 +67,15 @@ class Arms:
             raise ConfigError(f"arms.banks={list(self.banks)} must divide arms.rank={self.rank}", "such as [1,2,3,5]")
         if not self.distractors or min(self.distractors) < 0 or self.distractors[0] != 0:
             raise ConfigError(f"arms.distractors={list(self.distractors)} must begin with 0 and not be negative")
+        if not all(isinstance(site, str) for site in self.sites):
+            raise ConfigError(f"arms.sites={list(self.sites)} must be names", "such as [q, v]")
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"arms.temperature={self.temperature} must be positive")
+
+    @property
+    def main_banks(self) -> int:
+        """The number of banks of the arms that are compared further: three as documented, or the largest."""
+        return 3 if 3 in self.banks else max(self.banks)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,10 @@ from ruvjax.core.residual import Residual
 from ruvjax.data.pipeline import Batch, Pipeline
 from ruvjax.diffusion.loss import DiffusionLoss, objective
 from ruvjax.lora import talora
+from ruvjax.lora.adapter import attach
+from ruvjax.lora.layout import Layout, selected
 from ruvjax.lora.talora import TIMESTEPS, TALoRA
-from ruvjax.models.transformer import TransformerParams
+from ruvjax.models.transformer import Transformer, TransformerParams
 from ruvjax.training.optimizer import OptimizerConfig, build_optimizer, learning_rate
 from ruvjax.training.state import init_state
 from ruvjax.training.step import compile_step, make_step
@@ -34,7 +36,7 @@ BOUNDARIES = {3: (700.0, 300.0)}  # the documents'; evenly spaced for other numb
 
 @struct.dataclass
 class Adapters:
-    """a [banks * domains, width, rank] and b [banks * domains, rank, width]: number bank * domains + domain is the
+    """a [banks * domains, rows, rank] and b [banks * domains, rank, columns]: number bank * domains + domain is the
     adapter of a domain in a bank."""
 
     a: Any
@@ -59,44 +61,65 @@ class Attached:
     domain: jax.Array | None
 
 
-def banks_of(count: int, width: int, rank: int, capacity: int, layer: int, k: int, temperature: float) -> TALoRA:
+def banks_of(
+    count: int,
+    width: int,
+    rank: int,
+    capacity: int,
+    layer: int,
+    k: int,
+    temperature: float,
+    layout: Layout | None = None,
+) -> TALoRA:
     """TALoRA with `count` banks of one size over evenly spaced times."""
     edges = BOUNDARIES.get(count, tuple(TIMESTEPS * i / count for i in range(count - 1, 0, -1)))
     banks = ((capacity, rank),) * count
-    return TALoRA(width, banks, edges, layer=layer, k=k, weighting="softmax", temperature=temperature)
+    return TALoRA(width, banks, edges, layer=layer, layout=layout, k=k, weighting="softmax", temperature=temperature)
 
 
 @dataclass(frozen=True)
 class Fresh:
-    """`count` adapters that change nothing yet, declared as a model's parameters are."""
+    """`count` adapters that change nothing yet, declared as a model's parameters are; `inner` sets how large `a` is."""
 
     count: int
-    width: int
+    rows: int
+    columns: int
     rank: int
+    inner: int
 
     def spec(self) -> Adapters:
         return Adapters(
-            declare((self.count, self.width, self.rank), ("bank", "embed", "rank"), "normal", self.width**-0.5),
-            declare((self.count, self.rank, self.width), ("bank", "rank", "embed"), "zeros"),
+            declare((self.count, self.rows, self.rank), ("bank", "embed", "rank"), "normal", self.inner**-0.5),
+            declare((self.count, self.rank, self.columns), ("bank", "rank", "embed"), "zeros"),
         )
 
 
-def own_adapters(config: TALoRA, adapters: Adapters, domain: jax.Array, time: jax.Array) -> Residual:
-    """The adapters of each row's domain, [batch], mixed over the banks at its time in (0, 1]."""
+def with_own(
+    config: TALoRA, base: TransformerParams, adapters: Adapters, domain: jax.Array, time: jax.Array
+) -> TransformerParams:
+    """`base` with the adapters of each row's domain, [batch], mixed over the banks at its time in (0, 1]."""
     shares = talora.blend(config, TIMESTEPS * time).T
     domains = adapters.a.shape[0] // len(config.banks)
     ids = domain[:, None] + domains * jnp.arange(len(config.banks), dtype=jnp.int32)[None]
-    return Residual(Selected(adapters.a, adapters.b, jnp.where(shares > 0, ids, -1), shares), config.layer)
+    ids = jnp.where(shares > 0, ids, -1)
+    if config.layout is not None:
+        return attach(base, selected(config.layout, [(adapters.a, adapters.b)], [ids], [shares]))
+    return replace(base, residual=Residual(Selected(adapters.a, adapters.b, ids, shares), config.layer))
 
 
 def attached_encode(config: TALoRA, loaded: Loaded) -> Callable[..., Any]:
     """`encode_of` on `Attached` parameters."""
-    encode = encode_of(loaded.model, loaded.attention)
+    model, encode = loaded.model, encode_of(loaded.model, loaded.attention)
+    assert isinstance(model, Transformer)
 
     def run(params: Attached, tokens, time, mask, positions):
         assert params.domain is not None
-        residual = own_adapters(config, params.adapters, params.domain, time)
-        return encode(replace(params.base, residual=residual), tokens, time, mask, positions)
+        own = with_own(config, params.base, params.adapters, params.domain, time)
+        if config.layout is None:
+            return encode(own, tokens, time, mask, positions)
+        # Adapters chosen for whole rows: nothing is left to be done for the masked positions alone.
+        impl = loaded.attention
+        return model.apply(own, tokens, mask=mask, positions=positions, time=time, logits=False, impl=impl).hidden
 
     return run
 
@@ -117,7 +140,8 @@ def train(
     together: one adapter in each bank for all domains.
     """
     names = 1 if together else len(domains)
-    fresh = Fresh(len(config.banks) * names, config.hidden, config.banks[0][1])
+    inner = config.hidden if config.layout is None else max(part.inner for part in config.layout.parts)
+    fresh = Fresh(len(config.banks) * names, config.rows, config.columns, config.banks[0][1], inner)
     key = jax.random.key(seed)
     batch_size = rows * len(domains)
     project = project_of(loaded.model)

@@ -7,7 +7,7 @@ at the same noise level: hidden states have a large common part, which would mak
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from experiments.adaptation import Adapters, Attached, own_adapters
+from experiments.adaptation import Adapters, Attached, with_own
 from experiments.wiring import Loaded
 from kernels_pallas.attention import Mask
 from ruvjax.core.model import Output
@@ -76,8 +76,8 @@ def attached_forward(config: TALoRA, loaded: Loaded) -> Callable[..., tuple[Outp
 
     def run(params: Attached, tokens, time, told: Told):
         domain = told.domain if params.domain is None else jnp.zeros_like(told.domain)
-        residual = own_adapters(config, params.adapters, domain, time)
-        return plain(loaded)(replace(params.base, residual=residual), tokens, time, told.segments)[0], told
+        own = with_own(config, params.base, params.adapters, domain, time)
+        return plain(loaded)(own, tokens, time, told.segments)[0], told
 
     return run
 

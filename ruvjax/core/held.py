@@ -32,7 +32,7 @@ class Held:
             new = jnp.where(self.write[:, :, None, None], new, old)
         if held.shape == new.shape:
             return new.astype(held.dtype)
-        if held.shape[0] == 1:  # in place; over several rows it is a scatter, which XLA:CPU makes a pass over all of `held`
+        if held.shape[0] == 1:  # in place: the scatter over several rows is, on XLA:CPU, a pass over all of `held`
             return lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), self.start[0], axis=1)
         update = jax.vmap(partial(lax.dynamic_update_slice_in_dim, axis=0))
         return update(held, new.astype(held.dtype), self.start)

@@ -27,7 +27,8 @@ SMALLEST = 1e-12  # a key of a smaller norm has no direction
 @struct.dataclass
 class Bank:
     """keys      of Euclidean norm 1, so that their products with a query of norm 1 are cosines.
-    a, b         [capacity, hidden, rank] and [capacity, rank, hidden]: an adapter adds (x @ a) @ b.
+    a, b         [capacity, rows, rank] and [capacity, rank, columns]. At the residual stream rows and columns are its
+                 width, and an adapter adds (x @ a) @ b; `lora.layout` says what they are over several sites.
     ids          int32 [capacity], the number an adapter was stored under, never used again; -1 where the slot is free.
     success, trials  float32 and int32 [capacity]: the sum of the outcomes that were recorded, and how many.
     uses, last_used  int32 [capacity]: how often it was touched, and when last, by `clock`.
@@ -35,8 +36,8 @@ class Bank:
     """
 
     keys: Keys
-    a: Float[Array, "capacity hidden rank"]
-    b: Float[Array, "capacity rank hidden"]
+    a: Float[Array, "capacity rows rank"]
+    b: Float[Array, "capacity rank columns"]
     ids: Int[Array, "capacity"]
     success: Float[Array, "capacity"]
     trials: Int[Array, "capacity"]
@@ -50,8 +51,12 @@ class Bank:
         return self.ids.shape[0]
 
     @property
-    def hidden(self) -> int:
+    def rows(self) -> int:
         return self.a.shape[1]
+
+    @property
+    def columns(self) -> int:
+        return self.b.shape[2]
 
     @property
     def rank(self) -> int:
@@ -76,23 +81,25 @@ class Stored:
     evicted: Int[Array, ""]
 
 
-def empty(capacity: int, rank: int, hidden: int, key_dim: int = 0, dtype: Any = jnp.bfloat16) -> Bank:
-    """A bank without adapters. key_dim 0: as wide as `hidden`. Raises ConfigError for sizes below 1."""
-    for name, value in (("capacity", capacity), ("rank", rank), ("hidden", hidden)):
+def empty(
+    capacity: int, rank: int, rows: int, key_dim: int = 0, dtype: Any = jnp.bfloat16, *, columns: int = 0
+) -> Bank:
+    """A bank without adapters. key_dim 0, columns 0: as many as `rows`. Raises ConfigError for sizes below 1."""
+    for name, value in (("capacity", capacity), ("rank", rank), ("rows", rows)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"a bank of {name}={value!r}", "sizes are whole numbers from 1 on")
     return _bank(
-        search.keys_of(jnp.zeros((capacity, key_dim or hidden), jnp.float32)),
-        jnp.zeros((capacity, hidden, rank), dtype),
-        jnp.zeros((capacity, rank, hidden), dtype),
+        search.keys_of(jnp.zeros((capacity, key_dim or rows), jnp.float32)),
+        jnp.zeros((capacity, rows, rank), dtype),
+        jnp.zeros((capacity, rank, columns or rows), dtype),
         0,
     )
 
 
 def filled(
     keys: Float[Array | np.ndarray, "count key_dim"],
-    a: Float[Array | np.ndarray, "count hidden rank"],
-    b: Float[Array | np.ndarray, "count rank hidden"],
+    a: Float[Array | np.ndarray, "count rows rank"],
+    b: Float[Array | np.ndarray, "count rank columns"],
     capacity: int = 0,
     dtype: Any = jnp.bfloat16,
 ) -> Bank:
@@ -102,7 +109,7 @@ def filled(
     """
     count = keys.shape[0]
     capacity = capacity or count
-    if a.shape[0] != count or b.shape != (count, a.shape[2], a.shape[1]) or not 0 < count <= capacity:
+    if a.shape[0] != count or b.shape[:2] != (count, a.shape[2]) or not 0 < count <= capacity:
         raise ConfigError(f"keys {keys.shape}, a {a.shape} and b {b.shape} make no bank of capacity {capacity}")
     keys, a, b = jnp.asarray(keys, jnp.float32), jnp.asarray(a), jnp.asarray(b)
     norms = jnp.linalg.norm(keys, axis=1)
@@ -143,8 +150,8 @@ def check(bank: Bank, key: Any, a: Any, b: Any) -> None:
     bank's, one that is not finite, and a key of norm 0, which has no direction."""
     wanted = {
         "key": (key, (bank.keys.dim,)),
-        "a": (a, (bank.hidden, bank.rank)),
-        "b": (b, (bank.rank, bank.hidden)),
+        "a": (a, (bank.rows, bank.rank)),
+        "b": (b, (bank.rank, bank.columns)),
     }
     for name, (array, shape) in wanted.items():
         array = np.asarray(array)
@@ -159,8 +166,8 @@ def check(bank: Bank, key: Any, a: Any, b: Any) -> None:
 def store(
     bank: Bank,
     key: Float[Array, "key_dim"],
-    a: Float[Array, "hidden rank"],
-    b: Float[Array, "rank hidden"],
+    a: Float[Array, "rows rank"],
+    b: Float[Array, "rank columns"],
     eviction: Eviction = "lru",
 ) -> tuple[Bank, Stored]:
     """Put an adapter into a free slot or, where there is none, into that of an adapter that has to leave: of the one

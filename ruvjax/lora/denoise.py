@@ -29,7 +29,8 @@ Forward = Callable[[Any, jax.Array, jax.Array, Any], tuple[Output, Any]]
 
 @struct.dataclass
 class Params:
-    """What an adapted forward runs on: the model's parameters, which have a `residual`, the banks, and DGR's head."""
+    """What an adapted forward runs on: the model's parameters, which have a `residual` or, under a layout, stacked
+    layers; the banks, and DGR's head."""
 
     model: Any
     banks: tuple[Bank, ...]
@@ -90,8 +91,11 @@ def forward(
 
     timeless: for a model without time, the share of the first step's masks that are still there stands for t;
     otherwise t is the time that the sampler gives the model. Keep the function: a sampler compiles once for each.
-    `base` must return hidden states of every position of `tokens`, so it is none with a block cache.
+    `base` must return hidden states of every position of `tokens`, so it is none with a block cache. Raises ConfigError
+    for a guide beside a layout: what is chosen for positions acts on the residual stream.
     """
+    if guide is not None and config.layout is not None:
+        raise ConfigError("DGR's adapters act on the residual stream, not at linear sites", "talora without a layout")
 
     def run(params: Params, tokens: jax.Array, time: jax.Array, memory: Memory) -> tuple[Output, Memory]:
         masked = tokens == mask_id
@@ -99,8 +103,8 @@ def forward(
         masks = jnp.maximum(memory.masks, left)
         share = left / jnp.maximum(masks, 1) if timeless else time
         t = (TIMESTEPS * share).astype(jnp.float32)
-        update = _update(config, guide, params.banks, memory, masked, share, t, searches)
-        output, inner = base(replace(params.model, residual=update), tokens, time, memory.inner)
+        model = _attached(config, guide, params, memory, masked, share, t, searches)
+        output, inner = base(model, tokens, time, memory.inner)
         if output.hidden.shape != (*tokens.shape, config.hidden):
             raise ConfigError(
                 f"hidden states {output.hidden.shape} for tokens {tokens.shape} and talora.hidden={config.hidden}",
@@ -111,18 +115,21 @@ def forward(
     return run
 
 
-def _update(
+def _attached(
     config: TALoRA,
     guide: DGR | None,
-    banks: tuple[Bank, ...],
+    params: Params,
     memory: Memory,
     masked: jax.Array,
     share: jax.Array,
     t: jax.Array,
     searches: Sequence[Search],
-) -> Residual:
+) -> Any:
+    """The model's parameters with what this step retrieves."""
+    banks = params.banks
     if guide is None or memory.hidden is None or memory.uncertainty is None:
-        return talora.select(config, banks, memory.query, t, searches=searches)
+        hits = talora.retrieve(config, banks, memory.query[:, None], t, config.k, searches=searches)
+        return talora.attached(config, params.model, banks, hits)
     known = jnp.any(memory.query != 0, axis=1)
     unsure = guided.scheduled(guide, memory.uncertainty, share)
     positions, chosen = guided.choose(guide, unsure, masked & known[:, None])
@@ -132,7 +139,8 @@ def _update(
     k = max(config.k, guide.top_k)
     hits = talora.retrieve(config, banks, queries, t, k, wanted=wanted, searches=searches)
     whole = talora.updates(config, banks, hits, config.k)
-    return Residual((*whole, *guided.spots(config, banks, positions, hits, guide.top_k)), config.layer)
+    both = (*whole, *guided.spots(config, banks, positions, hits, guide.top_k))
+    return replace(params.model, residual=Residual(both, config.layer))
 
 
 def _remembered(guide: DGR | None, head: Head | None, output: Output, memory: Memory) -> Memory:

@@ -3,7 +3,7 @@
 Each bank serves an interval of timesteps t, 0 to 1000 as the documents count them (1000: all masks): with the defaults
 coarse above 700, domain above 300, fine below. Around a boundary both of its banks are searched and mixed, so that
 nothing jumps from one step to the next. What is retrieved acts on the residual stream before one layer
-(`core.residual`).
+(`core.residual`) or, with a layout (`lora.layout`), at any linear sites of any model.
 
 The query is the hidden state of the previous denoising step (`lora.denoise` carries it), so retrieval costs no forward
 pass of its own.
@@ -17,7 +17,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,10 @@ from jaxtyping import Array, Bool, Float, Int
 from ruvjax.core.adapted import Selected
 from ruvjax.core.residual import Residual
 from ruvjax.errors import ConfigError
+from ruvjax.lora import adapter
 from ruvjax.lora import bank as banking
 from ruvjax.lora.bank import NONE, Bank
+from ruvjax.lora.layout import Layout, selected
 
 TIMESTEPS = 1000
 EXACT = 100_000  # adapters of a bank up to which its keys are multiplied one by one
@@ -48,6 +50,7 @@ class TALoRA:
     boundaries: timesteps between the banks, descending, one less than banks. A bank serves boundary < t <= the one
                 before; `width` is the half-width of the transition around each.
     layer:      the layer before which the adapters act.
+    layout:     the linear sites at which they act instead; None: the residual stream.
     k:          adapters retrieved from a bank.
     weighting:  similarity: an adapter's output is scaled by the cosine of its key and the query, 0 where that is
                 negative. softmax: by the softmax of the cosines over `temperature`. Times the share of the bank.
@@ -58,6 +61,7 @@ class TALoRA:
     boundaries: tuple[float, ...] = (700, 300)
     width: float = 50
     layer: int = 0
+    layout: Layout | None = None
     k: int = 5
     weighting: Weighting = "similarity"
     temperature: float = 0.1
@@ -92,6 +96,16 @@ class TALoRA:
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"talora.temperature={self.temperature!r} must be positive")
 
+    @property
+    def rows(self) -> int:
+        """Rows of an adapter's first matrix."""
+        return self.hidden if self.layout is None else self.layout.rows
+
+    @property
+    def columns(self) -> int:
+        """Columns of its second."""
+        return self.hidden if self.layout is None else self.layout.columns
+
     def bank_of(self, t: float | int) -> int:
         """The bank that an adapter trained at timestep `t` is stored in."""
         return sum(t <= boundary for boundary in self.boundaries)
@@ -109,14 +123,21 @@ class Hits:
 
 def empty_banks(config: TALoRA, key_dim: int = 0) -> tuple[Bank, ...]:
     """Banks without adapters, in bfloat16."""
-    return tuple(banking.empty(capacity, rank, config.hidden, key_dim) for capacity, rank in config.banks)
+    return tuple(
+        banking.empty(capacity, rank, config.rows, key_dim or config.hidden, columns=config.columns)
+        for capacity, rank in config.banks
+    )
 
 
 def check(config: TALoRA, banks: Sequence[Bank]) -> None:
     """Raises ConfigError for banks of other sizes than the configuration's; says once where all of them are empty."""
     found = tuple((bank.capacity, bank.rank) for bank in banks)
-    if found != config.banks or any(bank.hidden != config.hidden for bank in banks):
-        raise ConfigError(f"banks of (capacity, rank) {found} for talora.banks={config.banks}, hidden={config.hidden}")
+    sizes, wanted = {(bank.rows, bank.columns) for bank in banks}, (config.rows, config.columns)
+    if found != config.banks or sizes != {wanted}:
+        raise ConfigError(
+            f"banks of (capacity, rank) {found} and (rows, columns) {sorted(sizes)} for talora.banks={config.banks} "
+            f"and {wanted}"
+        )
     if not any(bool(jnp.any(bank.live)) for bank in banks):
         _say_empty()
 
@@ -193,22 +214,23 @@ def weigh(config: TALoRA, hits: Hits) -> Float[Array, "batch n k"]:
 
 def updates(config: TALoRA, banks: Sequence[Bank], hits: Sequence[Hits], k: int) -> tuple[Selected, ...]:
     """The first k hits of each row's first query as updates of its whole sequence."""
-    found = [replace(hit, slots=hit.slots[:, :1, :k], similarity=hit.similarity[:, :1, :k]) for hit in hits]
     return tuple(
-        Selected(bank.a, bank.b, hit.slots[:, 0], weigh(config, hit)[:, 0])
-        for bank, hit in zip(banks, found, strict=True)
+        Selected(bank.a, bank.b, slots, weights)
+        for bank, (slots, weights) in zip(banks, _of_rows(config, hits, k), strict=True)
     )
 
 
-def select(
-    config: TALoRA,
-    banks: Sequence[Bank],
-    query: Float[Array, "batch key_dim"],
-    t: Float[Array, "batch"],
-    *,
-    searches: Sequence[Search] = (),
-) -> Residual:
-    """The update of each row's residual stream at timestep `t` (0 to 1000) for its query. A query that is zero, and
-    empty banks, select nothing: the model then runs as if it had no adapters, to the bit."""
-    hits = retrieve(config, banks, query[:, None, :], t, config.k, searches=searches)
-    return Residual(updates(config, banks, hits, config.k), config.layer)
+def _of_rows(config: TALoRA, hits: Sequence[Hits], k: int) -> list[tuple[jax.Array, jax.Array]]:
+    """The first k slots of each row's first query, and what each counts."""
+    found = [replace(hit, slots=hit.slots[:, :1, :k], similarity=hit.similarity[:, :1, :k]) for hit in hits]
+    return [(hit.slots[:, 0], weigh(config, hit)[:, 0]) for hit in found]
+
+
+def attached(config: TALoRA, params: Any, banks: Sequence[Bank], hits: Sequence[Hits]) -> Any:
+    """`params` of a model, its layers stacked, with the first k hits of each row's first query at the sites of
+    `config.layout`, or as its residual. What selects nothing, a query that is zero or empty banks, changes no bit."""
+    if config.layout is None:
+        return replace(params, residual=Residual(updates(config, banks, hits, config.k), config.layer))
+    slots, weights = zip(*_of_rows(config, hits, config.k))
+    factors = [(bank.a, bank.b) for bank in banks]
+    return adapter.attach(params, selected(config.layout, factors, slots, weights))

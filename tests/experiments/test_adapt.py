@@ -19,6 +19,7 @@ from ruvjax.data.tokenize import TokenizerConfig, train_tokenizer
 from ruvjax.errors import InputError
 from ruvjax.lora import bank as bank_of
 from ruvjax.lora import talora
+from ruvjax.lora.layout import layout
 from ruvjax.models.transformer import Transformer
 from ruvjax.training.optimizer import OptimizerConfig
 
@@ -42,11 +43,13 @@ def domains(tmp_path_factory):
     return read_domains(settings, train_tokenizer(TokenizerConfig("bytes"), []), 32)
 
 
-def test_adapters_of_known_domains_are_trained_on_their_own_rows_alone(loaded, domains):
-    config = adaptation.banks_of(2, 16, 2, 8, 1, 2, 0.1)
+@pytest.mark.parametrize("sites", [(), ("layers.0.q", "down")], ids=["residual", "sites"])
+def test_adapters_of_known_domains_are_trained_on_their_own_rows_alone(loaded, domains, sites):
+    chosen = layout(loaded.model, sites) if sites else None
+    config = adaptation.banks_of(2, 16, 2, 8, 1, 2, 0.1, chosen)
     rate = OptimizerConfig(lr=1e-2, warmup_steps=1)
     adapters, losses = adaptation.train(config, loaded, domains, rate, updates=6, rows=2, seed=0)
-    assert adapters.a.shape == (4, 16, 2) and len(losses) == 6
+    assert adapters.a.shape == (4, config.rows, 2) and config.rows == (80 if sites else 16) and len(losses) == 6
     assert all(float(jnp.abs(adapters.b[i]).max()) > 0 for i in range(4))
     # Another text of the second domain changes its two adapters and not those of the first.
     other = [domains[0], domains[1].__class__("two", domains[0].train, domains[1].valid, domains[1].test)]
@@ -167,5 +170,9 @@ def test_every_arm_runs_from_the_command_line(tmp_path, monkeypatch, capsys):
     names = [arm["arm"] for arm in summary["metrics"]["arms"]]
     assert names[:3] == ["base", "one adapter", "oracle, 1 bank"] and len(names) == 10
     assert Path("out/report.html").stat().st_size > 10_000
+    sites = ["arms.sites=[q,layers.1.down]", "sequence.domains=0", "arms.banks=[3]"]
+    assert main("adapt", adapt.run, ["model.path=base", "run.dir=sites", *asked, *sites]) == 0
+    summary = json.loads(Path(capsys.readouterr().out.splitlines()[-1]).read_text())
+    assert len(summary["metrics"]["arms"]) == 7  # DGR acts on the residual stream
     assert main("adapt", adapt.run, ["model.path=base", "run.dir=no", *asked, "domains.packages=[json,email]"]) == 2
     assert "was trained on a library that holds json" in capsys.readouterr().err
