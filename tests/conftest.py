@@ -58,11 +58,20 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ruvjax")
 
 
-def pytest_collection_modifyitems(items):
-    """Skip what asks for a Pallas kernel, by its mark or by an implementation among its parameters, where it cannot be
+def pytest_collection_modifyitems(config, items):
+    """Mark what `tests/long.txt` lists as slow: variants of tests that others stand in for in the default suite. And
+    skip what asks for a Pallas kernel, by its mark or by an implementation among its parameters, where it cannot be
     imported. A test that comes to need one without asking fails."""
     from kernels_pallas import compat
 
+    by_name = {item.nodeid: item for item in items}
+    files = {name.partition("::")[0] for name in by_name}
+    whole = not any("::" in argument for argument in config.args)
+    for name in (_ROOT / "tests" / "long.txt").read_text().splitlines():
+        if name in by_name:
+            by_name[name].add_marker(pytest.mark.slow)
+        elif whole and name.partition("::")[0] in files:
+            raise pytest.UsageError(f"tests/long.txt names {name}, which is no test")
     if not (reason := compat.missing("tpu")):
         return
     kernels = {"pallas_gpu", "pallas_tpu", "interpret"}

@@ -128,7 +128,8 @@ class Schedule:
             case "cosine":
                 return jnp.pi / 2 * jnp.sin(jnp.pi / 2 * t)
             case "squared_cosine":
-                return jnp.pi / 2 * jnp.sin(jnp.pi * t)
+                # Not sin(pi t), which rounding makes negative at t = 1.
+                return jnp.pi * jnp.sin(jnp.pi / 2 * t) * jnp.sin(jnp.pi / 2 * (1 - t))
             case "polynomial":
                 return self.power * t ** (self.power - 1)
             case "geometric":

@@ -44,7 +44,7 @@ def test_it_trains_and_solves(attention):
     first = trm.train_step(grids, grids)
     assert first["steps"] == len(first["losses"]) == 5
     assert first["loss"] == pytest.approx(sum(first["losses"]))
-    for _ in range(11):
+    for _ in range(24):
         last = trm.train_step(grids, grids)
     assert last["losses"][0] < 0.6 * first["losses"][0] and last["accuracy"] > 0.8 > first["accuracy"]
     solved = trm.solve(grids, return_trajectory=True)
