@@ -34,8 +34,9 @@ TEXT = {"make": "trained", "steps": 2500, "batch": 4, "settings": [], **CANVAS} 
 # Eight boards a row, a block each: 36 cells, 20 of them open, and the end of the line.
 BOARDS = {"rows": 16, "length": 296, "block": 37, "masked": 20}
 PUZZLES = {"make": "puzzles", "steps": 1500, "batch": 8, "settings": [], **BOARDS}
-# What is surer than the threshold is committed. A lower one is faster, and `accuracy` tells what it costs.
-FILLED = {"work": "sample", "threshold": 0.6, "warmup": 0, "repeats": 2}
+# What is surer than the threshold is committed. A lower one is faster, and `accuracy` tells what it costs. A repetition
+# is thousands of passes, so one is enough.
+FILLED = {"work": "sample", "threshold": 0.6, "warmup": 0, "repeats": 1}
 
 
 def _decode(name: str, form: str, peer: Program, theirs: Mapping[str, Any]) -> Row:
