@@ -44,8 +44,11 @@ def contract_leading(a: jax.Array, b: jax.Array) -> jax.Array:
 @functools.cache
 def native_bfloat16() -> bool:
     """Whether the default backend multiplies bfloat16 in hardware: every GPU and TPU, and CPUs that say so."""
-    if jax.default_backend() != "cpu":
-        return True
+    return jax.default_backend() != "cpu" or cpu_multiplies_bfloat16()
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU says that it multiplies bfloat16 in hardware."""
     try:
         flags = pathlib.Path("/proc/cpuinfo").read_text()
     except OSError:

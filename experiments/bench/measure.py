@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kernels_pallas.layout import cpu_multiplies_bfloat16
 from ruvjax.core.backend import compute_threads
 from ruvjax.errors import InputError, RunError
 
@@ -126,12 +127,15 @@ def alternate(
     """Run the sides in turn, `rounds` times.
 
     The first round tries every allocator and dtype for each side; the later ones keep what was best for it (`best_of`),
-    and the result holds the repetitions of that alone.
+    and the result holds the repetitions of that alone. On a CPU that emulates bfloat16 it is not tried beside another.
     """
     threads = compute_threads()
     variants = [(f"{name}, {dtype}", env, dtype) for name, env in allocators().items() for dtype in dtypes]
     first: list[list[tuple[dict[str, Any], tuple[str, dict[str, str], str]]]] = [[] for _ in sides]
     for variant in variants:
+        emulated = bool(first[0]) and first[0][0][0]["device"] == "cpu" and not cpu_multiplies_bfloat16()
+        if emulated and variant[2] == "bfloat16" != dtypes[0]:
+            continue
         for tried, (program, job) in zip(first, sides):
             report = launch(program, {**job, "dtype": variant[2], "threads": threads}, variant[1], python)
             tried.append((report, variant))

@@ -36,6 +36,7 @@ from ruvjax.api.ruvdllm_errors import (
     RuvDLLMError,
     TALoRAError,
 )
+from ruvjax.api.ruvdllm_learning import Learned, LearningConfig, learn
 from ruvjax.api.ruvdllm_micro import CompressedMicroLoRA, MicroLoRA
 from ruvjax.api.ruvdllm_model import DiffusionConfig, DiffusionModel, NoiseSchedule, NoiseScheduleType
 from ruvjax.api.ruvdllm_sampler import GenerationStep, MDLMSampler, SamplerConfig
@@ -56,6 +57,8 @@ __all__ = [
     "DGRConfig",
     "DGRResult",
     "DGRSystem",
+    "Learned",
+    "LearningConfig",
     "MicroLoRA",
     "TALoRAConfig",
     "TALoRAError",
@@ -183,7 +186,7 @@ class RuvDLLMStats:
 
 
 class RuvDLLM:
-    """A model on a backend, with its sampler settings. The only state beside them is what `stats` counts."""
+    """A model on a backend, with its sampler settings. Beside them its state is what `stats` counts and the banks."""
 
     def __init__(self, model: DiffusionModel, config: RuvDLLMConfig, path: Path):
         if model.mask_id is None or model.tokenizer is None:
@@ -198,6 +201,8 @@ class RuvDLLM:
         self._talora: TALoRAManager | None = None
         if config.enable_talora or config.enable_dgr:
             self._talora = TALoRAManager(config.talora_config or TALoRAConfig(self._model.network.width))
+        self._learning: LearningConfig | None = None
+        self._lessons = 0
         self._stats = RuvDLLMStats()
 
     @classmethod
@@ -270,13 +275,30 @@ class RuvDLLM:
         """Totals since the model was loaded."""
         return self._stats
 
-    def enable_learning(self, config: Any) -> NoReturn:
-        """Learning from interaction; not there yet."""
-        raise NotYetError("RuvDLLM.enable_learning is not there yet", "the README lists what is")
+    def enable_learning(self, config: LearningConfig) -> None:
+        """Let `learn` put adapters into the banks. Raises ConfigError where neither TALoRA nor DGR is enabled."""
+        if not isinstance(config, LearningConfig):
+            raise ConfigError(f"enable_learning({config!r}) wants a LearningConfig")
+        assert self.talora is not None  # raises where there is none
+        self._learning = config
 
-    def disable_learning(self) -> NoReturn:
-        """Learning from interaction; not there yet."""
-        raise NotYetError("RuvDLLM.disable_learning is not there yet", "the README lists what is")
+    def disable_learning(self) -> None:
+        """Refuse to `learn`; what was learned stays in the banks."""
+        self._learning = None
+
+    def learn(self, prompt: str, response: str, quality: float) -> Learned:
+        """Learn that `response` was a good answer to `prompt`, as far as `quality` from 0 to 1 says: an adapter in each
+        bank (`api.ruvdllm_learning`), which later texts like it are generated with.
+
+        Raises ConfigError where learning is not enabled, for a quality outside 0 to 1, a response without a token, and
+        a text longer than the context.
+        """
+        if self._learning is None:
+            raise ConfigError("learning is not enabled", "RuvDLLM.enable_learning(LearningConfig())")
+        with self._backend.scope():
+            found = learn(self._model, self.talora, self._learning, prompt, response, quality, self._lessons)
+        self._lessons += 1
+        return found
 
     def join_federation(self, config: Any) -> NoReturn:
         """Federated learning; not there yet."""

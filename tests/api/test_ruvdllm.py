@@ -357,8 +357,6 @@ def test_models_that_cannot_be_loaded(tmp_path, folder):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda llm, model: llm.enable_learning({}),
-        lambda llm, model: llm.disable_learning(),
         lambda llm, model: llm.join_federation({}),
         lambda llm, model: llm.leave_federation(),
     ],

@@ -13,6 +13,7 @@ from ruvjax import errors
 from ruvjax.api import ruvdllm as api
 from ruvjax.core.params import init
 from ruvjax.data.tokenize import TokenizerConfig, train_tokenizer
+from ruvjax.diffusion.likelihood import nelbo_samples
 from ruvjax.diffusion.sampler import Sampler
 from ruvjax.io.huggingface import save_model
 from ruvjax.lora import ann, guided, talora
@@ -37,6 +38,8 @@ DOCUMENTED = {
     "CompressedMicroLoRA": "",
     "DGRConfig": "",
     "DGRResult": "",
+    "LearningConfig": "",
+    "RuvDLLM": "enable_learning disable_learning",
 }
 
 
@@ -326,3 +329,52 @@ def test_the_high_level_interface_holds_the_banks(folder):
     ):
         with pytest.raises(errors.ConfigError, match=message):
             api.RuvDLLMConfig(**settings)
+
+
+def test_a_text_that_was_judged_good_is_learned(folder):
+    config = api.RuvDLLMConfig(api.BackendType.SIMD, enable_talora=True, talora_config=CONFIG, sampler_config=FEW)
+    llm = api.RuvDLLM.with_config(folder, config)
+    with pytest.raises(api.ConfigError, match="not enabled"):
+        llm.learn("def", " f(): pass", 1.0)
+    llm.enable_learning(api.LearningConfig(steps=30, learning_rate=0.05, samples=32, min_quality=0.4))
+    learned = llm.learn("def", " f(): return 1", 0.9)
+    assert [id.bank for id in learned.ids] == [0, 1, 2] and llm.talora.stats().sizes == (1, 1, 1)
+    assert all(after < 0.8 * before for before, after in zip(learned.before, learned.after))
+    # The three intervals of time together are the NELBO.
+    model = api.DiffusionModel.load_f16(folder / "model")
+    assert model.tokenizer is not None and model.mask_id is not None
+    tokens = jnp.asarray(model.tokenizer.encode("def f(): return 1"))[None]
+
+    def forward(params, tokens, time, carry):
+        return TINY.apply(params, tokens, time=time), carry
+
+    fixed = jnp.arange(tokens.shape[1])[None] < 3
+    draws = nelbo_samples(
+        forward, model.params, tokens, jax.random.key(1), mask_id=model.mask_id, samples=256, fixed=fixed
+    )
+    whole = 0.3 * learned.before[0] + 0.4 * learned.before[1] + 0.3 * learned.before[2]
+    assert whole == pytest.approx(float(draws.mean()) / 14, rel=0.1)
+    assert llm.learn("def", " f(): return 1", 0.3) == api.Learned() and llm.talora.stats().sizes == (1, 1, 1)
+    other = llm.learn("class", " A: pass", 0.5)
+    assert llm.talora.stats().sizes == (2, 2, 2) and set(other.ids).isdisjoint(learned.ids)
+    for prompt, response, quality, message in (
+        ("a", "b", 1.5, "quality"),
+        ("a", "b", float("nan"), "quality"),
+        ("a", "", 1.0, "no token"),
+        ("a", "b" * 48, 1.0, "context is 48"),
+    ):
+        with pytest.raises(api.ConfigError, match=message):
+            llm.learn(prompt, response, quality)
+    llm.disable_learning()
+    with pytest.raises(api.ConfigError, match="not enabled"):
+        llm.learn("def", " f(): pass", 1.0)
+    assert llm.talora.stats().sizes == (2, 2, 2)
+
+
+def test_learning_needs_banks_and_sound_settings(folder):
+    plain = api.RuvDLLM.with_config(folder, api.RuvDLLMConfig(api.BackendType.SIMD, sampler_config=FEW))
+    with pytest.raises(api.ConfigError, match="without adapters"):
+        plain.enable_learning(api.LearningConfig())
+    for settings in ({"steps": 0}, {"samples": 2.5}, {"learning_rate": 0.0}, {"min_quality": 1.1}):
+        with pytest.raises(api.ConfigError, match=next(iter(settings))):
+            api.LearningConfig(**settings)

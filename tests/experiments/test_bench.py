@@ -119,6 +119,24 @@ def test_each_side_keeps_its_fastest_settings(monkeypatch):
     assert calls[4:] == [("ours", "2"), ("plain torch", "1")] * 2
 
 
+@pytest.mark.parametrize("native, device", [(True, "cpu"), (False, "cpu"), (False, "NVIDIA H200")])
+def test_bfloat16_is_not_tried_beside_float32_where_a_cpu_emulates_it(monkeypatch, native, device):
+    tried = []
+
+    def launch(program, job, settings, python):
+        tried.append(job["dtype"])
+        return {"seconds": [1.0], "first": 0.0, "parameters": 1, "device": device, "versions": {}}
+
+    monkeypatch.setattr(measure, "allocators", lambda: {"glibc": {}})
+    monkeypatch.setattr(measure, "launch", launch)
+    monkeypatch.setattr(measure, "cpu_multiplies_bfloat16", lambda: native)
+    measure.alternate([(rows.OURS, {})], ("float32", "bfloat16"), 1, "python")
+    assert tried == (["float32"] if device == "cpu" and not native else ["float32", "bfloat16"])
+    tried.clear()
+    measure.alternate([(rows.OURS, {})], ("bfloat16",), 1, "python")
+    assert tried == ["bfloat16"]
+
+
 def test_of_settings_alike_in_speed_the_leanest_is_kept():
     tried = [({"seconds": [s], "step_bytes": b}, name) for s, b, name in ((1.0, 9, "a"), (1.04, 3, "b"), (1.2, 1, "c"))]
     assert measure.best_of(tried)[1] == "b"
