@@ -59,9 +59,9 @@ hypothesis.settings.load_profile("ruvjax")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Mark what `tests/long.txt` lists as slow: variants of tests that others stand in for in the default suite. And
-    skip what asks for a Pallas kernel, by its mark or by an implementation among its parameters, where it cannot be
-    imported. A test that comes to need one without asking fails."""
+    """Mark what `tests/long.txt` lists: tests as slow, and parameters of tests that others stand in for as variants,
+    which `scripts/test --slow` alone runs. And skip what asks for a Pallas kernel, by its mark or by an implementation
+    among its parameters, where it cannot be imported. A test that comes to need one without asking fails."""
     from kernels_pallas import compat
 
     by_name = {item.nodeid: item for item in items}
@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config, items):
     whole = not any("::" in argument for argument in config.args)
     for name in (_ROOT / "tests" / "long.txt").read_text().splitlines():
         if name in by_name:
-            by_name[name].add_marker(pytest.mark.slow)
+            by_name[name].add_marker(pytest.mark.variant if "[" in name else pytest.mark.slow)
         elif whole and name.partition("::")[0] in files:
             raise pytest.UsageError(f"tests/long.txt names {name}, which is no test")
     if not (reason := compat.missing("tpu")):
