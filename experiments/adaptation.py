@@ -16,14 +16,11 @@ from flax import struct
 
 from experiments.domains import Domain
 from experiments.wiring import Loaded, encode_of, project_of
-from ruvjax.core.adapted import Selected
 from ruvjax.core.params import declare, init
-from ruvjax.core.residual import Residual
 from ruvjax.data.pipeline import Batch, Pipeline
 from ruvjax.diffusion.loss import DiffusionLoss, objective
 from ruvjax.lora import talora
-from ruvjax.lora.adapter import attach
-from ruvjax.lora.layout import Layout, selected
+from ruvjax.lora.layout import Layout
 from ruvjax.lora.talora import TIMESTEPS, TALoRA
 from ruvjax.models.transformer import Transformer, TransformerParams
 from ruvjax.training.optimizer import OptimizerConfig, build_optimizer, learning_rate
@@ -102,9 +99,7 @@ def with_own(
     domains = adapters.a.shape[0] // len(config.banks)
     ids = domain[:, None] + domains * jnp.arange(len(config.banks), dtype=jnp.int32)[None]
     ids = jnp.where(shares > 0, ids, -1)
-    if config.layout is not None:
-        return attach(base, selected(config.layout, [(adapters.a, adapters.b)], [ids], [shares]))
-    return replace(base, residual=Residual(Selected(adapters.a, adapters.b, ids, shares), config.layer))
+    return talora.placed(config, base, [(adapters.a, adapters.b)], [ids], [shares])
 
 
 def attached_encode(config: TALoRA, loaded: Loaded) -> Callable[..., Any]:

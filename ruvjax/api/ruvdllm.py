@@ -279,7 +279,7 @@ class RuvDLLM:
         """Let `learn` put adapters into the banks. Raises ConfigError where neither TALoRA nor DGR is enabled."""
         if not isinstance(config, LearningConfig):
             raise ConfigError(f"enable_learning({config!r}) wants a LearningConfig")
-        assert self.talora is not None  # raises where there is none
+        _ = self.talora  # raises where there is none
         self._learning = config
 
     def disable_learning(self) -> None:

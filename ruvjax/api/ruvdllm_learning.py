@@ -94,7 +94,8 @@ def learn(
     place = np.arange(room)[None]
     talora = banks.config.talora(model.network.layers)
     edges = (TIMESTEPS, *talora.boundaries, 0)
-    learned = Learned()
+    ids: list[AdapterId] = []
+    losses: list[tuple[float, float]] = []
     for number, (_, rank) in enumerate(talora.banks):
         low, high = max(edges[number + 1] / TIMESTEPS, EARLIEST), edges[number] / TIMESTEPS
         work = _Work(
@@ -105,8 +106,9 @@ def learn(
         (a, b), query, before, after = jax.device_get(made)
         id = banks.store(MicroLoRA.from_matrices(a, b), query, round((low + high) / 2 * TIMESTEPS))
         banks.record(id, float(quality))
-        learned = Learned((*learned.ids, id), (*learned.before, float(before)), (*learned.after, float(after)))
-    return learned
+        ids.append(id)
+        losses.append((float(before), float(after)))
+    return Learned(tuple(ids), *zip(*losses))
 
 
 @dataclass(frozen=True)

@@ -229,8 +229,19 @@ def _of_rows(config: TALoRA, hits: Sequence[Hits], k: int) -> list[tuple[jax.Arr
 def attached(config: TALoRA, params: Any, banks: Sequence[Bank], hits: Sequence[Hits]) -> Any:
     """`params` of a model, its layers stacked, with the first k hits of each row's first query at the sites of
     `config.layout`, or as its residual. What selects nothing, a query that is zero or empty banks, changes no bit."""
-    if config.layout is None:
-        return replace(params, residual=Residual(updates(config, banks, hits, config.k), config.layer))
     slots, weights = zip(*_of_rows(config, hits, config.k))
-    factors = [(bank.a, bank.b) for bank in banks]
+    return placed(config, params, [(bank.a, bank.b) for bank in banks], slots, weights)
+
+
+def placed(
+    config: TALoRA,
+    params: Any,
+    factors: Sequence[tuple[jax.Array, jax.Array]],
+    slots: Sequence[Int[Array, "batch k"]],
+    weights: Sequence[Float[Array, "batch k"]],
+) -> Any:
+    """`params` with the adapters in `slots` of each bank, given by its factors, where `config` has them act."""
+    if config.layout is None:
+        update = tuple(Selected(a, b, at, counts) for (a, b), at, counts in zip(factors, slots, weights, strict=True))
+        return replace(params, residual=Residual(update, config.layer))
     return adapter.attach(params, selected(config.layout, factors, slots, weights))
