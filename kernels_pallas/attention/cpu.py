@@ -58,7 +58,9 @@ def heuristic(batch: int, queries: int, keys: int, heads: int, kv_heads: int, di
         most = 128
     blocks = max(1, -(-keys // most))
     key = -(-keys // blocks // 32) * 32 if keys else 32
-    return Blocks(256 if batch * heads >= 16 else 64, key, min(blocks, max(1, 8 // max(1, batch * kv_heads))))
+    # Each forward task stages all keys anew, so few tasks are less work; 32 of them keep many threads busy.
+    query = max(64, min(512, 32768 // dim // 64 * 64, batch * heads * queries // 32 // 64 * 64))
+    return Blocks(query, key, min(blocks, max(1, 8 // max(1, batch * kv_heads))))
 
 
 def attention(

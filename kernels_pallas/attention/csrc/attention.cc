@@ -8,6 +8,7 @@
 //
 // All dots have one form, C[i, :] = sum_k A[i, k] B[k, :]: a word of A is broadcast and multiplied with vectors of B. In
 // `Single` a word is a float, in `Pairs` two bfloat16 neighbours along k, which one instruction multiplies and adds.
+// `Tiles` are pairs that a processor with AMX multiplies 16 rows by 16 columns at a time.
 
 #include <algorithm>
 #include <cmath>
@@ -18,6 +19,10 @@
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include "parallel.h"
@@ -164,6 +169,10 @@ struct Single {
   typedef float Word;
   typedef Floats Vector;
   static constexpr int64_t kPack = 1;  // elements of a word
+  static constexpr int64_t kUnit = kRows;    // queries are padded to a multiple of this,
+  static constexpr int64_t kWidth = kLanes;  // and rows of heads
+  static constexpr bool kTiled = false;
+  struct Session {};  // held while a thread multiplies
 
   static inline Floats dot(Floats sum, const Word* a, Vector b) { return sum + *a * b; }
   static inline void pack(const float* row, int64_t dim, Word* to) { std::memcpy(to, row, dim * sizeof(float)); }
@@ -176,7 +185,7 @@ struct Single {
   // kPack rows as words that join the rows, and as words along each row.
   static inline void put_columns(const Floats (&v)[1], Word* to) { store(to, v[0]); }
   static inline void put_rows(const Floats (&)[1], Word*, int64_t, int64_t) {}
-  // A word may reach over the last column: what stands there must not count.
+  // Words may reach over the last column: what stands there must not count.
   static inline void clear_tail(Word*, int64_t, int64_t, int64_t) {}
 };
 
@@ -187,6 +196,9 @@ struct Pairs {
   typedef uint32_t Word;
   typedef __m512i Vector;
   static constexpr int64_t kPack = 2;
+  static constexpr int64_t kUnit = kRows, kWidth = kLanes;
+  static constexpr bool kTiled = false;
+  struct Session {};
 
   static inline Floats dot(Floats sum, const Word* a, Vector b) {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(*a)), (__m512bh)b);
@@ -220,6 +232,79 @@ struct Pairs {
   static inline void clear_tail(Word* rows, int64_t count, int64_t ld, int64_t columns) {
     if (columns % 2)
       for (int64_t i = 0; i < count; ++i) rows[i * ld + columns / 2] &= 0xffff;
+  }
+};
+#endif
+
+#if defined(HAVE_PAIRS) && defined(__AMX_BF16__) && defined(__linux__)
+#define HAVE_TILES 1
+struct Tiles : Pairs {
+  static constexpr int64_t kUnit = 32, kWidth = 32;
+  static constexpr bool kTiled = true;
+
+  // All eight tiles are 16 rows of 64 bytes. They are part of a thread's state, so they are given back soon.
+  struct Session {
+    Session() {
+      struct {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      } shape;
+      _tile_loadconfig(&shape);
+    }
+    ~Session() { _tile_release(); }
+  };
+
+  static inline void clear_tail(Word* rows, int64_t count, int64_t ld, int64_t columns) {
+    Pairs::clear_tail(rows, count, ld, columns);
+    const int64_t first = (columns + 1) / 2, end = round_up(first, 16);
+    for (int64_t i = 0; i < count; ++i) std::memset(rows + i * ld + first, 0, (end - first) * sizeof(Word));
+  }
+
+  // The kernel lends the tiles to a process that asks.
+  static bool allowed() {
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+    return granted;
+  }
+
+  // rows, width are multiples of 32, steps of 16; steps are neighbours in `a`.
+  static void multiply(int64_t rows, int64_t width, int64_t steps, const Word* a, int64_t stride, const Word* b, int64_t ldb,
+                       float* c, int64_t ldc, bool accumulate) {
+    // The compiler does not know that tiles are read from memory and written to it.
+    __asm__ volatile("" ::: "memory");
+    for (int64_t x = 0; x < width; x += 32) {
+      for (int64_t i = 0; i < rows; i += 32) {
+        float *top = c + i * ldc + x, *bottom = top + 16 * ldc;
+        if (accumulate) {
+          _tile_loadd(0, top, 4 * ldc);
+          _tile_loadd(1, top + 16, 4 * ldc);
+          _tile_loadd(2, bottom, 4 * ldc);
+          _tile_loadd(3, bottom + 16, 4 * ldc);
+        } else {
+          _tile_zero(0);
+          _tile_zero(1);
+          _tile_zero(2);
+          _tile_zero(3);
+        }
+        for (int64_t k = 0; k < steps; k += 16) {
+          const Word *left = a + i * stride + k, *right = b + k * ldb + x;
+          _tile_loadd(4, left, 4 * stride);
+          _tile_loadd(5, left + 16 * stride, 4 * stride);
+          _tile_loadd(6, right, 4 * ldb);
+          _tile_loadd(7, right + 16, 4 * ldb);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(1, 4, 7);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, top, 4 * ldc);
+        _tile_stored(1, top + 16, 4 * ldc);
+        _tile_stored(2, bottom, 4 * ldc);
+        _tile_stored(3, bottom + 16, 4 * ldc);
+      }
+    }
+    __asm__ volatile("" ::: "memory");
   }
 };
 #endif
@@ -261,10 +346,12 @@ inline __attribute__((always_inline)) void tile(int64_t steps, const typename P:
     for (int v = 0; v < kWide; ++v) store(c + r * ldc + v * kLanes, sums[r][v]);
 }
 
-// rows is a multiple of kRows, width of kLanes.
+// rows is a multiple of P::kUnit, width of P::kWidth.
 template <typename P, Along kAlong>
 void multiply(int64_t rows, int64_t width, int64_t steps, const typename P::Word* a, int64_t stride,
               const typename P::Word* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  if constexpr (P::kTiled && kAlong == kSteps)
+    return P::multiply(rows, width, round_up(steps, 16), a, stride, b, ldb, c, ldc, accumulate);
   int64_t x = 0;
   for (; x + kTile <= width; x += kTile)
     for (int64_t i = 0; i < rows; i += kRows)
@@ -293,17 +380,17 @@ inline __attribute__((always_inline)) void turn(Floats (&v)[kLanes]) {
 
 // to[x, i] = from[i, x] of `rows` (a multiple of kLanes) x `width` words.
 template <typename Word>
-void transpose(const Word* from, int64_t rows, int64_t width, Word* to, int64_t ld) {
+void transpose(const Word* from, int64_t rows, int64_t width, int64_t stride, Word* to, int64_t ld) {
   for (int64_t i = 0; i < rows; i += kLanes) {
     int64_t x = 0;
     for (; x + kLanes <= width; x += kLanes) {
       Floats square[kLanes];
-      for (int r = 0; r < kLanes; ++r) square[r] = load<Floats>(from + (i + r) * width + x);
+      for (int r = 0; r < kLanes; ++r) square[r] = load<Floats>(from + (i + r) * stride + x);
       turn(square);
       for (int r = 0; r < kLanes; ++r) store(to + (x + r) * ld + i, square[r]);
     }
     for (; x < width; ++x)
-      for (int64_t r = i; r < i + kLanes; ++r) to[x * ld + r] = from[r * width + x];
+      for (int64_t r = i; r < i + kLanes; ++r) to[x * ld + r] = from[r * stride + x];
   }
 }
 
@@ -337,7 +424,6 @@ struct Problem {
   int64_t query_block, key_block;  // of a forward task; of both passes
 
   int64_t group() const { return heads / kv_heads; }
-  int64_t width() const { return round_up(dim, kLanes); }
   const float* turn(const float* table, int64_t b) const {
     return table == nullptr ? nullptr : table + (rotation_batch == 1 ? 0 : b) * queries * (dim / 2);
   }
@@ -467,14 +553,14 @@ void forward_task(const Problem<T>& p, T* out, float* lse, int64_t task) {
 
   const int64_t pieces = (p.queries + p.query_block - 1) / p.query_block;
   const int64_t b = task / (p.heads * pieces), h = task / pieces % p.heads, first = task % pieces * p.query_block;
-  const int64_t kv = h / p.group(), width = p.width(), words = width / P::kPack;
-  const int64_t count = std::min(p.query_block, p.queries - first), rows = round_up(count, kRows);
+  const int64_t kv = h / p.group(), width = round_up(p.dim, P::kWidth), words = width / P::kPack;
+  const int64_t count = std::min(p.query_block, p.queries - first), rows = round_up(count, P::kUnit);
   const int64_t most = round_up(std::min(p.key_block, p.keys), kTile), ld = most + kLanes;
   const float c = p.scale * 1.4426950408889634f;  // log2(e): all exponentials are powers of two
   const uint8_t* mask = p.mask(b);
   const bool masked = mask != nullptr;
 
-  Word *queries = queries_.need(rows * words), *keys = keys_.need(most * words), *turned = turned_.need(words * most);
+  Word *queries = queries_.need(rows * words), *keys = keys_.need(most * words), *turned = turned_.need(words * ld);
   Word *rows_of_v = values_.need(most * words), *mixed = mixed_.need(most * width);
   float *scores = scores_.need(kBlock * ld), *sums = sums_.need(rows * width), *state = state_.need(2 * rows);
   float *peak = state, *sum = state + rows;
@@ -491,16 +577,16 @@ void forward_task(const Problem<T>& p, T* out, float* lse, int64_t task) {
   for (int64_t from = 0; from < p.keys; from += p.key_block) {
     const int64_t columns = std::min(p.key_block, p.keys - from), padded = round_up(columns, kTile);
     bool bad = stage<T, P>(k, from, columns, padded, p.dim, width, keys, masked ? bad_keys : nullptr);
-    transpose(keys, padded, words, turned, most);
+    transpose(keys, padded, words, words, turned, ld);
     bad |= stage<T, P>(v, from, columns, padded, p.dim, width, rows_of_v, masked ? bad_values : nullptr);
     const Word* values = P::interleave(rows_of_v, padded, width, mixed);
     if (bad)
       for (int64_t x = 0; x < padded; ++x) bad_keys[x] |= bad_values[x];
     for (int64_t i = 0; i < rows; i += kBlock) {
       const int64_t block = std::min(kBlock, rows - i);
-      multiply<P, kSteps>(block, padded, p.dim / P::kPack, queries + i * words, words, turned, most, scores, ld, false);
+      multiply<P, kSteps>(block, padded, p.dim / P::kPack, queries + i * words, words, turned, ld, scores, ld, false);
       if (masked) stage_mask(mask, p.keys, first + i, std::min(block, count - i), block, from, columns, keep, ld);
-      for (int64_t r = 0; r < block; ++r) {
+      for (int64_t r = 0; r < std::min(block, count - i); ++r) {
         const float scale = masked ? soften<P, true>(scores + r * ld, columns, padded, c, keep + r * ld,
                                                      bad ? bad_keys : nullptr, peak[i + r], sum[i + r])
                                    : soften<P, false>(scores + r * ld, columns, padded, c, nullptr, nullptr, peak[i + r],
@@ -554,24 +640,28 @@ template <typename T, typename P>
 void backward_task(const Problem<T>& p, const Gradients<T>& g, int64_t task) {
   typedef typename P::Word Word;
   static thread_local Buffer<Word> keys_, turned_k_, mixed_k_, values_, turned_v_, queries_, mixed_q_, douts_, mixed_do_;
-  static thread_local Buffer<Word> weights_, gradient_, gradient_rows_;
-  static thread_local Buffer<float> scores_, dp_, dq_, dk_, dv_;
+  static thread_local Buffer<Word> weights_, gradient_, gradient_rows_, turned_rows_;
+  static thread_local Buffer<float> scores_, dp_, dq_, dk_, dv_, sums_k_, sums_v_;
   static thread_local Buffer<uint8_t> keep_, bad_;
 
   const int64_t split = task % g.splits, kv = task / g.splits % p.kv_heads, b = task / g.splits / p.kv_heads;
-  const int64_t width = p.width(), words = width / P::kPack, steps = p.dim / P::kPack;
+  const int64_t width = round_up(p.dim, P::kWidth), words = width / P::kPack, steps = p.dim / P::kPack;
   const int64_t most = round_up(std::min(p.key_block, p.keys), kTile), ld = most + kLanes;
   const int64_t blocks = (p.keys + p.key_block - 1) / p.key_block;
   const float c = p.scale * 1.4426950408889634f;
   const uint8_t* mask = p.mask(b);
   const bool masked = mask != nullptr;
 
-  Word *keys = keys_.need(most * words), *turned_k = turned_k_.need(words * most), *mixed_k = mixed_k_.need(most * width);
-  Word *values = values_.need(most * words), *turned_v = turned_v_.need(words * most);
+  Word *keys = keys_.need(most * words), *turned_k = turned_k_.need(words * ld), *mixed_k = mixed_k_.need(most * width);
+  Word *values = values_.need(most * words), *turned_v = turned_v_.need(words * ld);
   Word *queries = queries_.need(kQueryBlock * words), *mixed_q = mixed_q_.need(kQueryBlock * width);
   Word *douts = douts_.need(kQueryBlock * words), *mixed_do = mixed_do_.need(kQueryBlock * width);
   float *scores = scores_.need(kQueryBlock * ld), *dp = dp_.need(kQueryBlock * ld), *dq = dq_.need(kQueryBlock * width);
   float *dk = dk_.need(most * width), *dv = dv_.need(most * width);
+  // In tiles dk and dv are summed with the keys along the rows, because the weights lie so.
+  float* sums_k = P::kTiled ? sums_k_.need(width * ld) : dk;
+  float* sums_v = P::kTiled ? sums_v_.need(width * ld) : dv;
+  Word* turned_rows = P::kTiled ? turned_rows_.need(kQueryBlock / 2 * width) : nullptr;
   uint8_t *keep = keep_.need(kQueryBlock * ld), *bad = bad_.need(std::max(most, kQueryBlock));
   float o[kMaxDim] = {}, d[kMaxDim] = {};
   const bool apart = P::kPack > 1;
@@ -588,16 +678,16 @@ void backward_task(const Problem<T>& p, const Gradients<T>& g, int64_t task) {
     const int64_t from = chunk * p.key_block, columns = std::min(p.key_block, p.keys - from);
     const int64_t padded = round_up(columns, kTile);
     stage<T, P>(k, from, columns, padded, p.dim, width, keys, masked ? bad : nullptr);
-    transpose(keys, padded, words, turned_k, most);
+    transpose(keys, padded, words, words, turned_k, ld);
     const Word* rows_of_k = P::interleave(keys, padded, width, mixed_k);
     stage<T, P>(v, from, columns, padded, p.dim, width, values, masked ? bad : nullptr);
-    transpose(values, padded, words, turned_v, most);
+    transpose(values, padded, words, words, turned_v, ld);
     for (int64_t member = 0; member < p.group(); ++member) {
       const int64_t h = kv * p.group() + member, offset = (b * p.queries * p.heads + h) * p.dim;
       const Head<T> q{p.q + offset, p.heads * p.dim, cos, sin};
       const Head<T> upstream{g.dout + offset, p.heads * p.dim, nullptr, nullptr};
       for (int64_t first = 0; first < p.queries; first += kQueryBlock) {
-        const int64_t count = std::min(kQueryBlock, p.queries - first), rows = round_up(count, kRows);
+        const int64_t count = std::min(kQueryBlock, p.queries - first), rows = round_up(count, P::kUnit);
         float lse[kQueryBlock] = {}, inner[kQueryBlock] = {};
         stage<T, P>(q, first, count, rows, p.dim, width, queries, masked ? bad : nullptr);
         stage<T, P>(upstream, first, count, rows, p.dim, width, douts, masked ? bad : nullptr);
@@ -613,8 +703,8 @@ void backward_task(const Problem<T>& p, const Gradients<T>& g, int64_t task) {
         }
         const Word* rows_of_q = P::interleave(queries, rows, width, mixed_q);
         const Word* rows_of_do = P::interleave(douts, rows, width, mixed_do);
-        multiply<P, kSteps>(rows, padded, steps, queries, words, turned_k, most, scores, ld, false);
-        multiply<P, kSteps>(rows, padded, steps, douts, words, turned_v, most, dp, ld, false);
+        multiply<P, kSteps>(rows, padded, steps, queries, words, turned_k, ld, scores, ld, false);
+        multiply<P, kSteps>(rows, padded, steps, douts, words, turned_v, ld, dp, ld, false);
         if (masked) stage_mask(mask, p.keys, first, count, rows, from, columns, keep, ld);
         for (int64_t i = 0; i < rows; i += P::kPack) {
           const int64_t pair = i / P::kPack * ld;
@@ -622,9 +712,18 @@ void backward_task(const Problem<T>& p, const Gradients<T>& g, int64_t task) {
               scores + i * ld, dp + i * ld, ld, padded, c, lse + i, inner + i, keep + i * ld, weights + pair,
               gradient + pair, gradient_rows + i * rows_ld, rows_ld);
         }
-        const bool start = member == 0 && first == 0;
-        multiply<P, kAcross>(padded, width, rows / P::kPack, weights, ld, rows_of_do, width, dv, width, !start);
-        multiply<P, kAcross>(padded, width, rows / P::kPack, gradient, ld, rows_of_q, width, dk, width, !start);
+        const bool later = member > 0 || first > 0;
+        const auto add = [&](const Word* by_query, const Word* right, float* to) {
+          const int64_t steps = rows / P::kPack;
+          if constexpr (P::kTiled) {
+            transpose(right, steps, width, width, turned_rows, steps);
+            multiply<P, kSteps>(width, padded, steps, turned_rows, steps, by_query, ld, to, ld, later);
+          } else {
+            multiply<P, kAcross>(padded, width, steps, by_query, ld, right, width, to, width, later);
+          }
+        };
+        add(weights, rows_of_do, sums_v);
+        add(gradient, rows_of_q, sums_k);
         P::clear_tail(gradient_rows, rows, rows_ld, columns);
         multiply<P, kSteps>(rows, width, (columns + P::kPack - 1) / P::kPack, gradient_rows, rows_ld, rows_of_k, width, dq,
                             width, false);
@@ -639,6 +738,10 @@ void backward_task(const Problem<T>& p, const Gradients<T>& g, int64_t task) {
           }
         }
       }
+    }
+    if constexpr (P::kTiled) {
+      transpose(sums_k, width, padded, ld, dk, width);
+      transpose(sums_v, width, padded, ld, dv, width);
     }
     for (int64_t i = 0; i < columns; ++i) {
       const int64_t at = ((b * p.keys + from + i) * p.kv_heads + kv) * p.dim, turn = (from + i) * (p.dim / 2);
@@ -664,16 +767,18 @@ void join(const Problem<T>& p, const Gradients<T>& g, int64_t position) {
   }
 }
 
-template <typename T>
-struct Arithmetic {
-  typedef Single type;
-};
-#ifdef HAVE_PAIRS
-template <>
-struct Arithmetic<Bfloat16> {
-  typedef Pairs type;
-};
+// Calls `run` with a value of the arithmetic for `queries` rows of bfloat16.
+template <typename F>
+auto with_arithmetic(int64_t queries, F run) {
+#ifdef HAVE_TILES
+  if (queries >= kLanes && Tiles::allowed()) return run(Tiles{});
 #endif
+#ifdef HAVE_PAIRS
+  return run(Pairs{});
+#else
+  return run(Single{});
+#endif
+}
 
 template <typename T>
 Problem<T> problem(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer allowed, ffi::AnyBuffer cos,
@@ -694,20 +799,24 @@ Problem<T> problem(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::An
   return p;
 }
 
-template <typename T>
+template <typename P, typename T>
 ffi::Error run_forward(ffi::ThreadPool& pool, const Problem<T>& p, T* out, float* lse) {
   if (p.batch * p.queries * p.heads == 0) return ffi::Error::Success();
   const int64_t pieces = (p.queries + p.query_block - 1) / p.query_block;
-  ruvjax::parallel(pool, p.batch * p.heads * pieces,
-                   [&](int64_t task) { forward_task<T, typename Arithmetic<T>::type>(p, out, lse, task); });
+  ruvjax::parallel(pool, p.batch * p.heads * pieces, [&](int64_t task) {
+    [[maybe_unused]] const typename P::Session session;
+    forward_task<T, P>(p, out, lse, task);
+  });
   return ffi::Error::Success();
 }
 
-template <typename T>
+template <typename P, typename T>
 ffi::Error run_backward(ffi::ThreadPool& pool, const Problem<T>& p, const Gradients<T>& g) {
   if (p.batch * p.queries * p.heads == 0) return ffi::Error::Success();
-  ruvjax::parallel(pool, p.batch * p.kv_heads * g.splits,
-                   [&](int64_t task) { backward_task<T, typename Arithmetic<T>::type>(p, g, task); });
+  ruvjax::parallel(pool, p.batch * p.kv_heads * g.splits, [&](int64_t task) {
+    [[maybe_unused]] const typename P::Session session;
+    backward_task<T, P>(p, g, task);
+  });
   if (p.keys > p.key_block) {
     constexpr int64_t kSome = 16;
     const int64_t positions = p.batch * p.queries;
@@ -723,10 +832,13 @@ ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
                    ffi::Result<ffi::AnyBuffer> lse, double scale, int64_t query_block, int64_t key_block) {
   float* const sums = static_cast<float*>(lse->untyped_data());
   void* const to = out->untyped_data();
-  if (q.element_type() == ffi::BF16)
-    return run_forward(pool, problem<Bfloat16>(q, k, v, allowed, cos, sin, scale, query_block, key_block),
-                       static_cast<Bfloat16*>(to), sums);
-  return run_forward(pool, problem<float>(q, k, v, allowed, cos, sin, scale, query_block, key_block),
+  if (q.element_type() == ffi::BF16) {
+    const auto p = problem<Bfloat16>(q, k, v, allowed, cos, sin, scale, query_block, key_block);
+    return with_arithmetic(p.queries, [&](auto arithmetic) {
+      return run_forward<decltype(arithmetic)>(pool, p, static_cast<Bfloat16*>(to), sums);
+    });
+  }
+  return run_forward<Single>(pool, problem<float>(q, k, v, allowed, cos, sin, scale, query_block, key_block),
                      static_cast<float*>(to), sums);
 }
 
@@ -750,10 +862,12 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ff
                     ffi::AnyBuffer cos, ffi::AnyBuffer sin, ffi::AnyBuffer out, ffi::AnyBuffer lse, ffi::AnyBuffer dout,
                     ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk, ffi::Result<ffi::AnyBuffer> dv,
                     ffi::Result<ffi::AnyBuffer> partial, double scale, int64_t key_block) {
-  if (q.element_type() == ffi::BF16)
-    return run_backward(pool, problem<Bfloat16>(q, k, v, allowed, cos, sin, scale, 0, key_block),
-                        gradients<Bfloat16>(out, lse, dout, dq, dk, dv, partial));
-  return run_backward(pool, problem<float>(q, k, v, allowed, cos, sin, scale, 0, key_block),
+  if (q.element_type() == ffi::BF16) {
+    const auto p = problem<Bfloat16>(q, k, v, allowed, cos, sin, scale, 0, key_block);
+    const auto g = gradients<Bfloat16>(out, lse, dout, dq, dk, dv, partial);
+    return with_arithmetic(p.queries, [&](auto arithmetic) { return run_backward<decltype(arithmetic)>(pool, p, g); });
+  }
+  return run_backward<Single>(pool, problem<float>(q, k, v, allowed, cos, sin, scale, 0, key_block),
                       gradients<float>(out, lse, dout, dq, dk, dv, partial));
 }
 
