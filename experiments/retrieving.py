@@ -198,8 +198,7 @@ def queries(
     config: TALoRA, loaded: Loaded, rows: Int[np.ndarray, "count length"], bank: int, key: jax.Array
 ) -> Float[np.ndarray, "count width"]:
     """The mean hidden state of the frozen model for each row, masked at a time drawn from those of a bank."""
-    edges = (TIMESTEPS, *config.boundaries, 0)
-    low, high = edges[bank + 1] / TIMESTEPS, edges[bank] / TIMESTEPS
+    low, high = config.edges[bank + 1] / TIMESTEPS, config.edges[bank] / TIMESTEPS
     mask_id = loaded.tokenizer.mask_id
 
     @jax.jit

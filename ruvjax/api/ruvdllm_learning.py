@@ -93,11 +93,10 @@ def learn(
     tokens[0, :length] = np.concatenate([given, said])
     place = np.arange(room)[None]
     talora = banks.config.talora(model.network.layers)
-    edges = (TIMESTEPS, *talora.boundaries, 0)
     ids: list[AdapterId] = []
     losses: list[tuple[float, float]] = []
     for number, (_, rank) in enumerate(talora.banks):
-        low, high = max(edges[number + 1] / TIMESTEPS, EARLIEST), edges[number] / TIMESTEPS
+        low, high = max(talora.edges[number + 1] / TIMESTEPS, EARLIEST), talora.edges[number] / TIMESTEPS
         work = _Work(
             model.network, model.noise.schedule, model.mask_id, model.block_size, model.impl, talora.layer, config, rank
         )

@@ -83,7 +83,7 @@ class TALoRA:
             raise ConfigError(
                 f"talora.boundaries={self.boundaries!r} for {len(self.banks)} banks", "one less than banks"
             )
-        edges = (TIMESTEPS, *self.boundaries, 0)
+        edges = self.edges
         if not all(math.isfinite(edge) for edge in edges) or any(a <= b for a, b in zip(edges, edges[1:])):
             raise ConfigError(f"talora.boundaries={self.boundaries!r}", "descending, between 1000 and 0")
         inner = zip(self.boundaries, self.boundaries[1:])
@@ -95,6 +95,11 @@ class TALoRA:
             raise ConfigError(f"talora.weighting={self.weighting!r}", f"one of {', '.join(get_args(Weighting))}")
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"talora.temperature={self.temperature!r} must be positive")
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        """Timesteps, descending: bank i serves edges[i + 1] < t <= edges[i]."""
+        return (TIMESTEPS, *self.boundaries, 0)
 
     @property
     def rows(self) -> int:
