@@ -99,13 +99,25 @@ def check(job: Adapt, loaded: Loaded) -> None:
         raise ConfigError("adapt: banks are compared on masked diffusion transformers", "experiment=talora_base")
     if not 0 <= job.arms.layer < model.layers:
         raise ConfigError(f"arms.layer={job.arms.layer} of a model of {model.layers} layers", "0 to layers - 1")
-    numbers = job.arms.rank // job.arms.main_banks * width(job, loaded) * max(job.arms.distractors)
+    arms, names = job.arms, len(job.domains.names)
+    # An adapter stands in a bank once for every key of its domain.
+    numbers = width(job, loaded) * (
+        names * arms.keys * arms.rank + arms.rank // arms.main_banks * max(arms.distractors)
+    )
     if job.arms.sites and 4 * numbers > MOST_BYTES:
         raise ConfigError(
-            f"arms.distractors={list(job.arms.distractors)} at sites {', '.join(job.arms.sites)} take "
-            f"{4 * numbers / 1e9:.0f} GB",
+            f"arms.distractors={list(arms.distractors)} and arms.keys={arms.keys} of {names} domains at sites "
+            f"{', '.join(arms.sites)} take {4 * numbers / 1e9:.0f} GB",
             "fewer of them, a smaller rank, or arms.sites=[]",
         )
+    for count in sorted({1, *arms.banks}):  # what no bank can be is told before anything is trained
+        try:
+            adaptation.banks_of(
+                count, loaded.model.width, arms.rank // count, names * arms.keys, arms.layer, arms.k, arms.temperature
+            )
+        except ConfigError as error:
+            message = f"arms.banks={list(arms.banks)}, {count} of them: {error}"
+            raise ConfigError(message, "see arms in configs/adapt.yaml") from error
     check_unseen(job.model.path, job.domains)
 
 

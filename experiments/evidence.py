@@ -147,7 +147,8 @@ def arms_table(arms: Sequence[dict[str, Any]]) -> str:
         f"{cell(arm, 'perplexity', '.2f')}{cell(arm, 'kept', '.0%')}</tr>"
         for arm in arms
     )
-    heads = "<th></th><th>bits per byte</th><th>less than the base</th><th>perplexity</th><th>of the oracle's gain</th>"
+    named = ("bits per byte", "less than the base", "perplexity", "of the oracle's gain")
+    heads = "<th></th>" + "".join(f'<th class="number">{escape(name)}</th>' for name in named)
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
 
 
@@ -163,7 +164,7 @@ def distractor_curve(arms: Sequence[dict[str, Any]]) -> str:
 
 def matrix(bits: np.ndarray, domains: Sequence[str]) -> str:
     names = list(domains)[: bits.shape[1]]
-    heads = "".join(f"<th>{escape(name)}</th>" for name in names)
+    heads = "".join(f'<th class="number">{escape(name)}</th>' for name in names)
 
     def cell(value: float, own: bool) -> str:
         return f'<td class="number">{f"<b>{value:.3f}</b>" if own else f"{value:.3f}"}</td>'

@@ -3,7 +3,7 @@
     llm = RuvDLLM.load("runs/train/<stamp>")
     print(llm.generate("def main():", 100))
 
-What is documented and not written yet (learning, federation) raises NotYetError.
+What is documented and not written yet (federation) raises NotYetError.
 """
 
 import os
@@ -39,7 +39,7 @@ from ruvjax.api.ruvdllm_errors import (
 from ruvjax.api.ruvdllm_learning import Learned, LearningConfig, learn
 from ruvjax.api.ruvdllm_micro import CompressedMicroLoRA, MicroLoRA
 from ruvjax.api.ruvdllm_model import DiffusionConfig, DiffusionModel, NoiseSchedule, NoiseScheduleType
-from ruvjax.api.ruvdllm_sampler import GenerationStep, MDLMSampler, SamplerConfig
+from ruvjax.api.ruvdllm_sampler import GenerationStep, MDLMSampler, SamplerConfig, check_banks
 from ruvjax.api.ruvdllm_talora import (
     AdapterId,
     TALoRAConfig,
@@ -276,22 +276,28 @@ class RuvDLLM:
         return self._stats
 
     def enable_learning(self, config: LearningConfig) -> None:
-        """Let `learn` put adapters into the banks. Raises ConfigError where neither TALoRA nor DGR is enabled."""
+        """Let `learn` put adapters into the banks. Raises ConfigError where neither TALoRA nor DGR is enabled, for
+        banks of another width or depth than the model's, and for a model trained in blocks, which never sees a noisy
+        block before the one it denoises."""
         if not isinstance(config, LearningConfig):
             raise ConfigError(f"enable_learning({config!r}) wants a LearningConfig")
-        _ = self.talora  # raises where there is none
+        check_banks(self._model, self.talora)
+        if self._model.block_size:
+            raise ConfigError(
+                "learning is not for models trained in blocks", "a model whose objective is not kind=block"
+            )
         self._learning = config
 
     def disable_learning(self) -> None:
         """Refuse to `learn`; what was learned stays in the banks."""
         self._learning = None
 
-    def learn(self, prompt: str, response: str, quality: float) -> Learned:
+    def learn(self, prompt: str | Any, response: str | Any, quality: float | Any) -> Learned:
         """Learn that `response` was a good answer to `prompt`, as far as `quality` from 0 to 1 says: an adapter in each
-        bank (`api.ruvdllm_learning`), which later texts like it are generated with.
+        bank where that lowers its loss (`api.ruvdllm_learning`), which later texts like it are generated with.
 
-        Raises ConfigError where learning is not enabled, for a quality outside 0 to 1, a response without a token, and
-        a text longer than the context.
+        Raises ConfigError where learning is not enabled, for a text that is no str, a quality outside 0 to 1, a
+        response without a token, and a text longer than the context; GenerationError for a text that cannot be encoded.
         """
         if self._learning is None:
             raise ConfigError("learning is not enabled", "RuvDLLM.enable_learning(LearningConfig())")

@@ -3,7 +3,8 @@
 The documents name `enable_learning` and its configuration and say no more. Here a judged response becomes one adapter
 in each bank of a TALoRAManager: trained at the noise levels of that bank on the response alone, with the prompt
 visible, and found by the mean hidden state that the frozen model has of the text at these levels, which is what
-`lora.denoise` asks with.
+`lora.denoise` asks with. Hidden states of unrelated texts have much in common, so a lesson touches other texts too, a
+little; `TALoRAConfig` says how similarities become weights.
 """
 
 import math
@@ -18,7 +19,8 @@ import optax
 from jax import lax
 
 from kernels_pallas.attention import Mask
-from ruvjax.api.ruvdllm_errors import ConfigError
+from ruvjax import errors
+from ruvjax.api.ruvdllm_errors import ConfigError, GenerationError
 from ruvjax.api.ruvdllm_micro import MicroLoRA
 from ruvjax.api.ruvdllm_model import DiffusionModel
 from ruvjax.api.ruvdllm_talora import AdapterId, TALoRAManager
@@ -58,8 +60,9 @@ class LearningConfig:
 
 @dataclass(frozen=True)
 class Learned:
-    """What a text left: the adapters, one a bank, and the loss of the response at the noise levels of each bank before
-    and after, in nats a token, over masks that training did not draw. All empty where the quality was too low."""
+    """What a text left: the loss of the response at the noise levels of each bank before and after training, in nats a
+    token, over masks that training did not draw, and the adapters of the banks where it fell. All empty where the
+    quality was too low."""
 
     ids: tuple[AdapterId, ...] = ()
     before: tuple[float, ...] = ()
@@ -70,17 +73,27 @@ def learn(
     model: DiffusionModel,
     banks: TALoRAManager,
     config: LearningConfig,
-    prompt: str,
-    response: str,
-    quality: float,
+    prompt: str | Any,
+    response: str | Any,
+    quality: float | Any,
     seed: int,
 ) -> Learned:
-    """Train and store the adapters of a response, and note its quality as their success. Raises ConfigError for a
-    quality outside 0 to 1, a response without a token, and a text longer than the model's context."""
+    """Train the adapters of a response, store those that help, and note its quality as their success. Nothing is stored
+    before all are trained.
+
+    Raises ConfigError for a text that is no str, a quality outside 0 to 1, a response without a token, and a text
+    longer than the model's context; GenerationError.TokenizationError for a text that cannot be encoded.
+    """
     if not _is_number(quality) or not 0 <= quality <= 1:
         raise ConfigError(f"quality={quality!r} must be a number from 0 to 1")
     assert model.tokenizer is not None and model.mask_id is not None
-    given, said = (model.tokenizer.encode(text) for text in (prompt, response))
+    for name, text in (("prompt", prompt), ("response", response)):
+        if not isinstance(text, str):
+            raise ConfigError(f"the {name} is a {type(text).__name__}, not a str")
+    try:
+        given, said = (model.tokenizer.encode(text) for text in (prompt, response))
+    except errors.InputError as error:
+        raise GenerationError.TokenizationError(str(error), error.hint) from error
     length, limit = len(given) + len(said), model.network.max_length
     if not len(said):
         raise ConfigError("the response holds no token", "there is nothing to learn from it")
@@ -93,20 +106,27 @@ def learn(
     tokens[0, :length] = np.concatenate([given, said])
     place = np.arange(room)[None]
     talora = banks.config.talora(model.network.layers)
-    ids: list[AdapterId] = []
+    network, schedule = model.network, model.noise.schedule
+    program = replace(config, min_quality=0.0)  # which is nothing to compile anew for
+    lessons: list[tuple[float, Any, np.ndarray]] = []
     losses: list[tuple[float, float]] = []
     for number, (_, rank) in enumerate(talora.banks):
-        low, high = max(talora.edges[number + 1] / TIMESTEPS, EARLIEST), talora.edges[number] / TIMESTEPS
-        work = _Work(
-            model.network, model.noise.schedule, model.mask_id, model.block_size, model.impl, talora.layer, config, rank
-        )
+        edges = talora.edges[number + 1] / TIMESTEPS, talora.edges[number] / TIMESTEPS
+        times = [*edges, sum(edges) / 2]
+        if network.time == "none":  # such models are retrieved for by the share of masks
+            times = [float(schedule.time_of(jnp.float32(1 - share))) for share in times]
+        low, high, middle = (max(time, EARLIEST) for time in times)
+        work = _Work(network, schedule, model.mask_id, model.impl, talora.layer, program, rank)
         key = jax.random.fold_in(jax.random.key(seed), number)
-        made = _fit(work, model.params, tokens, place < length, place < len(given), low, high, key)
+        made = _fit(work, model.params, tokens, place < length, place < len(given), low, high, middle, key)
         (a, b), query, before, after = jax.device_get(made)
-        id = banks.store(MicroLoRA.from_matrices(a, b), query, round((low + high) / 2 * TIMESTEPS))
-        banks.record(id, float(quality))
-        ids.append(id)
+        lessons.append((sum(edges) / 2 * TIMESTEPS, (a, b), query))
         losses.append((float(before), float(after)))
+    ids: list[AdapterId] = []
+    for (timestep, factors, query), (before, after) in zip(lessons, losses):
+        if after < before:
+            ids.append(banks.store(MicroLoRA.from_matrices(*factors), query, timestep))
+            banks.record(ids[-1], float(quality))
     return Learned(tuple(ids), *zip(*losses))
 
 
@@ -117,7 +137,6 @@ class _Work:
     network: Transformer
     schedule: Schedule
     mask_id: int
-    block_size: int
     impl: str | None
     layer: int
     config: LearningConfig
@@ -133,14 +152,15 @@ def _fit(
     fixed: jax.Array,
     low: float | jax.Array,
     high: float | jax.Array,
+    middle: float | jax.Array,
     key: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array, jax.Array]:
-    """The factors, the key they are found by [width], and the loss without and with them. One program for all banks
-    of a rank: the times are arguments."""
+    """The factors, trained at times from low to high, the key they are found by [width], of the middle time, and the
+    loss without and with them. One program for all banks of a rank: the times are arguments."""
     network, config = work.network, work.config
     shape = (config.samples, tokens.shape[1])
     rows, free = jnp.broadcast_to(tokens, shape), real & ~fixed
-    mask = Mask(segments=jnp.broadcast_to(real.astype(jnp.int32), shape), block=work.block_size)
+    mask = Mask(segments=jnp.broadcast_to(real.astype(jnp.int32), shape))
 
     def draw(key: jax.Array, time: jax.Array) -> jax.Array:
         chance = work.schedule.mask_probability(time)[:, None]
@@ -177,11 +197,11 @@ def _fit(
 
     (factors, _), _ = lax.scan(step, (factors, adam.init(factors)), jax.random.split(train_key, config.steps))
     before, after = judged(None), judged(factors)
-    time = jnp.full(config.samples, (low + high) / 2)
+    time = jnp.full(config.samples, middle)
     seen = hidden(None, draw(query_key, time), time).astype(jnp.float32)
     query = jnp.sum(jnp.where(real[:, :, None], seen, 0), axis=(0, 1)) / (config.samples * jnp.sum(real))
     return factors, query, before, after
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)

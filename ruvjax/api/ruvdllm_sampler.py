@@ -277,18 +277,19 @@ def _prepare(
     except errors.ConfigError as error:
         raise ConfigError(str(error), error.hint) from error
     if adapters is not None:
-        _check_adapters(model, sampler, _parts(adapters)[0])
+        check_banks(model, _parts(adapters)[0])
+        if sampler.cache != "none":
+            raise ConfigError(f"sampler.cache={sampler.cache} and adapters do not go together", "cache=none")
     return _Row(model, model.tokenizer, sampler, tokens, segments, start, end, mask_id, adapters)
 
 
-def _check_adapters(model: DiffusionModel, sampler: Sampler, manager: TALoRAManager) -> None:
+def check_banks(model: DiffusionModel, manager: TALoRAManager) -> None:
+    """Raises ConfigError for banks whose adapters cannot act in `model`."""
     width, layers = model.network.width, model.network.layers
     if manager.config.hidden_dim != width:
         raise ConfigError(f"adapters of hidden_dim={manager.config.hidden_dim} for a model of width {width}")
     if not 0 <= manager.config.talora(layers).layer < layers:
         raise ConfigError(f"TALoRAConfig.layer={manager.config.layer} of a model of {layers} layers")
-    if sampler.cache != "none":
-        raise ConfigError(f"sampler.cache={sampler.cache} and adapters do not go together", "cache=none")
 
 
 def _finish_sampler(model: DiffusionModel, config: SamplerConfig | Sampler, pad_id: int) -> Sampler:

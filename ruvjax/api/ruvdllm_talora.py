@@ -147,7 +147,7 @@ class TALoRAManager:
         self._retrievals += 1
         return self._result([np.asarray(hit.slots[0, 0]) for hit in hits], [hit.similarity[0, 0] for hit in hits])
 
-    def store(self, adapter: MicroLoRA, query_embedding: Any, timestep: int) -> AdapterId:
+    def store(self, adapter: MicroLoRA, query_embedding: Any, timestep: float | int) -> AdapterId:
         """Store `adapter` in the bank of `timestep` (above 700 coarse, above 300 domain, else fine), to be found by
         `query_embedding` [hidden]; a full bank evicts one.
 

@@ -17,7 +17,7 @@ from ruvjax.core.adapted import Lora, Selected
 from ruvjax.core.params import Model
 from ruvjax.errors import ConfigError
 from ruvjax.lora.bank import NONE
-from ruvjax.lora.sites import LoraConfig, plan
+from ruvjax.lora.sites import EVERY, LoraConfig, plan
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,15 @@ class Layout:
 def layout(model: Model, targets: Sequence[str]) -> Layout:
     """The sites of `model` that `targets` name, as `LoraConfig.targets` does: "q", "layers.3.up", "all-linear".
 
-    Raises ConfigError for a name that `model` has not.
+    Raises ConfigError for a name that `model` has not, and for sites that see the time in place of positions: adapters
+    are chosen by position. "all-linear" leaves those out.
     """
+    sites = plan(LoraConfig(targets=tuple(targets)), model)
+    of_time = [path for path in sites if path.startswith("time.") or path.endswith(".modulation")]
+    if of_time and EVERY not in targets:
+        raise ConfigError(
+            f"{', '.join(of_time)}: adapters out of banks act where every position is seen", "other sites"
+        )
     parts = [
         Part(
             path=path,
@@ -62,7 +69,8 @@ def layout(model: Model, targets: Sequence[str]) -> Layout:
             inner=site.spec.shape[-2],
             outer=site.spec.shape[-1],
         )
-        for path, site in plan(LoraConfig(targets=tuple(targets)), model).items()
+        for path, site in sites.items()
+        if path not in of_time
     ]
     return Layout(tuple(parts))
 
@@ -73,7 +81,8 @@ def joined(
     """An adapter over these sites, of one rank and without magnitudes, as the two factors a bank stores; its scale goes
     into `b`.
 
-    Raises ConfigError for other sites, for DoRA, and for layers that the layout leaves out but the adapter does not.
+    Raises ConfigError for other sites, shapes or several ranks, for DoRA, and for layers that the layout leaves out but
+    the adapter does not.
     """
     if set(adapter) != {part.path for part in layout.parts}:
         raise ConfigError(
@@ -81,11 +90,15 @@ def joined(
         )
     rows: list[jax.Array] = []
     columns: list[jax.Array] = []
+    rank = next(iter(adapter.values())).a.shape[-1]
     for part in layout.parts:
         update, count = adapter[part.path], math.prod(part.lead)
         if update.magnitude is not None:
             raise ConfigError(f"{part.path}: a DoRA update belongs to one adapter", "merge it into a model of its own")
-        rank = update.a.shape[-1]
+        shapes = update.a.shape, update.b.shape
+        wanted = (*part.lead, part.inner, rank), (*part.lead, rank, part.outer)
+        if shapes != wanted:
+            raise ConfigError(f"{part.path}: factors of {shapes} where a bank of rank {rank} holds {wanted}")
         a, b = (x.reshape(count, *x.shape[-2:]) for x in (update.a, update.b))
         scale = jnp.broadcast_to(jnp.asarray(update.scale), part.lead).reshape(count)
         if len(part.adapted) < count and bool(jnp.any(jnp.delete(scale, jnp.array(part.adapted)) != 0)):

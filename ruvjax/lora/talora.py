@@ -97,7 +97,7 @@ class TALoRA:
             raise ConfigError(f"talora.temperature={self.temperature!r} must be positive")
 
     @property
-    def edges(self) -> tuple[float, ...]:
+    def edges(self) -> tuple[float | int, ...]:
         """Timesteps, descending: bank i serves edges[i + 1] < t <= edges[i]."""
         return (TIMESTEPS, *self.boundaries, 0)
 

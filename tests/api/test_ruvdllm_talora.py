@@ -362,19 +362,33 @@ def test_a_text_that_was_judged_good_is_learned(folder):
         ("a", "b", float("nan"), "quality"),
         ("a", "", 1.0, "no token"),
         ("a", "b" * 48, 1.0, "context is 48"),
+        (None, "b", 1.0, "the prompt is a NoneType"),
+        ("a", b"b", 1.0, "the response is a bytes"),
     ):
         with pytest.raises(api.ConfigError, match=message):
             llm.learn(prompt, response, quality)
+    with pytest.raises(api.GenerationError):
+        llm.learn("a", "\ud800", np.float32(0.9))
+    llm.enable_learning(api.LearningConfig(steps=30, learning_rate=1e3, samples=32, min_quality=0.4))
+    worse = llm.learn("class", " A: pass", 0.5)
+    helped = [after < before for before, after in zip(worse.before, worse.after)]
+    assert not all(helped) and [id.bank for id in worse.ids] == [i for i, good in enumerate(helped) if good]
+    assert llm.talora.stats().sizes == tuple(2 + good for good in helped)
     llm.disable_learning()
     with pytest.raises(api.ConfigError, match="not enabled"):
         llm.learn("def", " f(): pass", 1.0)
-    assert llm.talora.stats().sizes == (2, 2, 2)
 
 
 def test_learning_needs_banks_and_sound_settings(folder):
     plain = api.RuvDLLM.with_config(folder, api.RuvDLLMConfig(api.BackendType.SIMD, sampler_config=FEW))
     with pytest.raises(api.ConfigError, match="without adapters"):
         plain.enable_learning(api.LearningConfig())
+    for change, message in (({"hidden_dim": 8}, "width"), ({"layer": 7}, "layers")):
+        other = api.RuvDLLMConfig(
+            api.BackendType.SIMD, enable_talora=True, talora_config=dataclasses.replace(CONFIG, **change)
+        )
+        with pytest.raises(api.ConfigError, match=message):
+            api.RuvDLLM.with_config(folder, other).enable_learning(api.LearningConfig())
     for settings in ({"steps": 0}, {"samples": 2.5}, {"learning_rate": 0.0}, {"min_quality": 1.1}):
         with pytest.raises(api.ConfigError, match=next(iter(settings))):
             api.LearningConfig(**settings)

@@ -162,7 +162,7 @@ def test_every_arm_runs_from_the_command_line(tmp_path, monkeypatch, capsys):
         *turn.split(),
         "evaluation.rows=4",
         "evaluation.samples=1",
-        "domains.packages=[tarfile,email]",
+        "domains.packages=[turtle,email]",
     ]
     capsys.readouterr()
     assert main("adapt", adapt.run, ["model.path=base", "run.dir=out", *asked]) == 0

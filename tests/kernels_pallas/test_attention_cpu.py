@@ -98,8 +98,9 @@ def test_scores_far_below_zero_leave_what_pads_a_block_out(dtype):
 
 
 @needs_compiler
-def test_rows_that_see_nothing_are_zero_and_nothing_leaks_from_what_is_masked():
-    q, k, v, _ = operands("float32")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_rows_that_see_nothing_are_zero_and_nothing_leaks_from_what_is_masked(dtype):
+    q, k, v, _ = operands(dtype)
     segments = jnp.ones((2, 19), jnp.int32).at[0, 15:].set(0)
     spoiled = [x.at[0, 15:].set(jnp.nan) for x in (k, v)]
     clean = attention(q, k, v, Mask(segments=segments))

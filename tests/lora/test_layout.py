@@ -134,6 +134,15 @@ def test_what_does_not_fit_is_refused():
     )
     with pytest.raises(ConfigError, match="DoRA"):
         layout.joined(sites, magnitudes)
+    (wide,) = adapters_of(dataclasses.replace(MODEL, width=32), TARGETS, 2, 1)
+    mixed = adapter.init(LoraConfig(2, targets=TARGETS, rank_pattern={"down": 3}), MODEL, jax.random.key(0))
+    for wrong in (wide, mixed):
+        with pytest.raises(ConfigError, match="where a bank of rank"):
+            layout.joined(sites, wrong)
+    timed = dataclasses.replace(MODEL, time="adaln")
+    with pytest.raises(ConfigError, match="every position is seen"):
+        layout.layout(timed, ("q", "modulation"))
+    assert not [part.path for part in layout.layout(timed, ("all-linear",)).parts if "modulation" in part.path]
     config = TALoRA(16, banks=((3, 2),), boundaries=(), k=1, layout=sites)
     with pytest.raises(ConfigError, match="residual stream"):
         denoise.forward(config, lambda *_: None, mask_id=23, timeless=True, guide=DGR())

@@ -250,7 +250,8 @@ struct Tiles : Pairs {
         uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
       } shape;
-      _tile_loadconfig(&shape);
+      // Not _tile_loadconfig: gcc's names one word of the structure as what is read.
+      __asm__ volatile("ldtilecfg %0" ::"m"(shape));
     }
     ~Session() { _tile_release(); }
   };
@@ -769,7 +770,7 @@ void join(const Problem<T>& p, const Gradients<T>& g, int64_t position) {
 
 // Calls `run` with a value of the arithmetic for `queries` rows of bfloat16.
 template <typename F>
-auto with_arithmetic(int64_t queries, F run) {
+auto with_arithmetic([[maybe_unused]] int64_t queries, F run) {
 #ifdef HAVE_TILES
   if (queries >= kLanes && Tiles::allowed()) return run(Tiles{});
 #endif
