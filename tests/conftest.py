@@ -2,20 +2,23 @@
 
 import os
 import runpy
+from importlib.metadata import version
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling takes most of the time of the suite. Without LLVM's optimisations it takes half of that; elemental code
-# instead of the emitters for fusions, and one LLVM module a program, halve it again.
-for _flag, _value in (
-    ("xla_force_host_platform_device_count", 8),
-    ("xla_backend_optimization_level", 0),
-    ("xla_cpu_use_fusion_emitters", "false"),
-    ("xla_cpu_parallel_codegen_split_count", 1),
-):
+# Compiling takes most of the time of the suite. Without LLVM's optimisations it takes half of that; one LLVM module a
+# program and elemental code instead of the emitters for fusions (a flag that jaxlib 0.11 does not know) halve it again.
+_FLAGS = [
+    ("xla_force_host_platform_device_count", "8"),
+    ("xla_backend_optimization_level", "0"),
+    ("xla_cpu_parallel_codegen_split_count", "1"),
+]
+if version("jaxlib").startswith("0.10."):
+    _FLAGS.append(("xla_cpu_use_fusion_emitters", "false"))
+for _flag, _value in _FLAGS:
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_flag}={_value}".strip()
 if _WORKERS > 1:

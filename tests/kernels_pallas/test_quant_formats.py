@@ -78,7 +78,7 @@ def test_bytes_survive_being_taken_apart(kind):
 
 
 @settings(max_examples=30)
-@given(st.integers(0, 2**32 - 1), st.sampled_from(formats.ENCODED), st.floats(1e-6, 1e4))
+@given(st.integers(0, 2**32 - 1), st.sampled_from(formats.ENCODED), st.floats(1e-6, 1e3))
 def test_errors_are_bounded_by_the_step(seed, kind, scale):
     """Half a step of the block's range for Q8_0, one for Q4_0 (its codes are -8..7, so the extreme of the other sign is
     cut), and the 16 levels between the extremes and 0 for Q4_K; each with what rounding its scales to 11 or 6 bits
