@@ -206,7 +206,7 @@ def test_two_attempts_are_judged(sets):
     assert found == {"arc_pass_at_1": 0.5, "arc_pass_at_2": 1.0, "arc_questions": 3}
 
 
-@pytest.mark.slow
+@pytest.mark.variant  # minutes; CI runs the steps of it in the other tests
 def test_the_smoke_experiment_learns(tmp_path):
     config = compose_config("train", ["experiment=trm_sudoku4", f"run.dir={tmp_path / 'run'}", "trainer.steps=700"])
     launch = Launch("train", OmegaConf.to_container(config, resolve=True), ())
