@@ -58,10 +58,7 @@ class Work:
         return layout(self.loaded.model, self.job.arms.sites) if self.job.arms.sites else None
 
     def talora(self, banks: int, rank: int) -> TALoRA:
-        arms = self.job.arms
-        capacity = len(self.domains) * arms.keys
-        width, sites = self.loaded.model.width, self.layout
-        return adaptation.banks_of(banks, width, rank, capacity, arms.layer, arms.k, arms.temperature, sites)
+        return talora_of(self.job, self.loaded, banks, rank, self.layout)
 
 
 def run(job: Adapt, launch: Launch) -> Path:
@@ -112,13 +109,17 @@ def check(job: Adapt, loaded: Loaded) -> None:
         )
     for count in sorted({1, *arms.banks}):  # what no bank can be is told before anything is trained
         try:
-            adaptation.banks_of(
-                count, loaded.model.width, arms.rank // count, names * arms.keys, arms.layer, arms.k, arms.temperature
-            )
+            talora_of(job, loaded, count, arms.rank // count)
         except ConfigError as error:
             message = f"arms.banks={list(arms.banks)}, {count} of them: {error}"
             raise ConfigError(message, "see arms in configs/adapt.yaml") from error
     check_unseen(job.model.path, job.domains)
+
+
+def talora_of(job: Adapt, loaded: Loaded, banks: int, rank: int, sites: Layout | None = None) -> TALoRA:
+    """`banks` banks with room for every key of every domain."""
+    arms, capacity = job.arms, len(job.domains.names) * job.arms.keys
+    return adaptation.banks_of(banks, loaded.model.width, rank, capacity, arms.layer, arms.k, arms.temperature, sites)
 
 
 def width(job: Adapt, loaded: Loaded) -> int:

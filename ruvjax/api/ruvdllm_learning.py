@@ -19,10 +19,10 @@ import optax
 from jax import lax
 
 from kernels_pallas.attention import Mask
-from ruvjax import errors
-from ruvjax.api.ruvdllm_errors import ConfigError, GenerationError
+from ruvjax.api.ruvdllm_errors import ConfigError
 from ruvjax.api.ruvdllm_micro import MicroLoRA
 from ruvjax.api.ruvdllm_model import DiffusionModel
+from ruvjax.api.ruvdllm_sampler import encoded
 from ruvjax.api.ruvdllm_talora import AdapterId, TALoRAManager
 from ruvjax.core.adapted import Lora
 from ruvjax.core.residual import Residual
@@ -90,10 +90,7 @@ def learn(
     for name, text in (("prompt", prompt), ("response", response)):
         if not isinstance(text, str):
             raise ConfigError(f"the {name} is a {type(text).__name__}, not a str")
-    try:
-        given, said = (model.tokenizer.encode(text) for text in (prompt, response))
-    except errors.InputError as error:
-        raise GenerationError.TokenizationError(str(error), error.hint) from error
+    given, said = (encoded(model.tokenizer, text) for text in (prompt, response))
     length, limit = len(given) + len(said), model.network.max_length
     if not len(said):
         raise ConfigError("the response holds no token", "there is nothing to learn from it")

@@ -256,10 +256,7 @@ def _prepare(
         raise ModelError.ConfigError(f"the model has no {lacking}: it cannot generate", "load a diffusion export")
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
         raise ConfigError(f"max_length={max_length!r} must be a whole number of at least 1")
-    try:
-        ids = model.tokenizer.encode(prompt)
-    except errors.InputError as error:
-        raise GenerationError.TokenizationError(str(error), error.hint) from error
+    ids = encoded(model.tokenizer, prompt)
     start, end, limit = len(ids), len(ids) + max_length, model.network.max_length
     if end > limit:
         raise GenerationError.ContextLengthExceeded(
@@ -281,6 +278,14 @@ def _prepare(
         if sampler.cache != "none":
             raise ConfigError(f"sampler.cache={sampler.cache} and adapters do not go together", "cache=none")
     return _Row(model, model.tokenizer, sampler, tokens, segments, start, end, mask_id, adapters)
+
+
+def encoded(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The tokens of a text [tokens]. Raises GenerationError.TokenizationError where it has none."""
+    try:
+        return tokenizer.encode(text)
+    except errors.InputError as error:
+        raise GenerationError.TokenizationError(str(error), error.hint) from error
 
 
 def check_banks(model: DiffusionModel, manager: TALoRAManager) -> None:

@@ -369,14 +369,17 @@ def test_a_text_that_was_judged_good_is_learned(folder):
             llm.learn(prompt, response, quality)
     with pytest.raises(api.GenerationError):
         llm.learn("a", "\ud800", np.float32(0.9))
+    assert llm.talora.stats().sizes == (2, 2, 2)
     llm.enable_learning(api.LearningConfig(steps=30, learning_rate=1e3, samples=32, min_quality=0.4))
     worse = llm.learn("class", " A: pass", 0.5)
     helped = [after < before for before, after in zip(worse.before, worse.after)]
     assert not all(helped) and [id.bank for id in worse.ids] == [i for i, good in enumerate(helped) if good]
-    assert llm.talora.stats().sizes == tuple(2 + good for good in helped)
+    sizes = tuple(2 + good for good in helped)
+    assert llm.talora.stats().sizes == sizes
     llm.disable_learning()
     with pytest.raises(api.ConfigError, match="not enabled"):
         llm.learn("def", " f(): pass", 1.0)
+    assert llm.talora.stats().sizes == sizes
 
 
 def test_learning_needs_banks_and_sound_settings(folder):
