@@ -85,9 +85,8 @@ def test_errors_are_bounded_by_the_step(seed, kind, scale):
     adds."""
     generator = np.random.default_rng(seed)
     values = (scale * generator.standard_t(3, (2, 256)) + scale * generator.normal()).astype(np.float32)
-    assume(
-        np.abs(values).max() < 8 * float(np.finfo(np.float16).max)
-    )  # above, Q4_0 refuses: its scale would be no float16
+    # Above, Q4_0 refuses: its scale would be no float16.
+    assume(np.abs(values).max() < 8 * float(np.finfo(np.float16).max))
     error = np.abs(decode(kind, encode(kind, values)).astype(np.float64) - values).reshape(-1, 32).max(-1)
     blocks = values.reshape(-1, 32).astype(np.float64)
     largest = np.abs(blocks).max(-1)
